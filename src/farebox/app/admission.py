@@ -1,0 +1,91 @@
+"""What a call is, and what may be said to it. The gateway asks; a ``Door`` answers.
+
+The fast path never waits: a known key or token with an open lease is answered at once. Only what must ask the
+database (a first sight, an empty lease, a payment) returns an awaitable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from farebox.base.errors import Reason
+from farebox.domain.access import FareKind, Route
+
+Headers = list[tuple[bytes, bytes]]
+
+
+@dataclass(slots=True)
+class Call:
+    """One request as the gateway will forward it. Header names are lower case; values are as received."""
+
+    request_id: str
+    method: str
+    host: str
+    path: str  # exactly the string that will be forwarded and was matched
+    query: str  # without the question mark
+    headers: Headers
+    client_address: str
+    route: Route
+    params: dict[str, str] = field(default_factory=dict)
+    body: bytes | None = None  # buffered only where the door asked for it (exact fares)
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first value of a lower-case header name."""
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return None
+
+
+@dataclass(slots=True)
+class Admitted:
+    """Pass. The gateway sets ``forward_headers`` towards the upstream and ``answer_headers`` towards the client.
+
+    ``before_release`` (exact fares) is awaited once the upstream's head is known and before a byte of it is sent on:
+    it returns None to release the answer (it may have added to ``answer_headers``), or a Refusal that replaces it.
+    ``finish`` is called exactly once, when the answer has gone out or failed: (status or 0, bytes up, bytes down).
+    It must be called *before* the last bytes are handed to the client's socket, so that what was answered is recorded.
+    """
+
+    fare: FareKind
+    forward_headers: Headers
+    answer_headers: Headers
+    finish: Callable[[int, int, int], None]
+    before_release: Callable[[int, Headers], Awaitable[Refusal | None]] | None = None
+    # exact fares keep small answers for a replay of the same payment; None: do not collect
+    keep_answer_bytes_max: int = 0
+    keep_answer: Callable[[int, Headers, bytes], Awaitable[None]] | None = None
+    # set by the gateway before ``finish``: the client left (or was cut off) after the call had been forwarded; one with
+    # ``before_release`` is settled and kept all the same
+    abandoned: bool = False
+
+
+@dataclass(slots=True)
+class Refusal:
+    """No. ``reason.code`` decides the status (gateway/problems.py). ``body`` and ``content_type`` replace the problem."""
+
+    reason: Reason
+    answer_headers: Headers = field(default_factory=list)
+    retry_after_s: float | None = None
+
+
+@dataclass(slots=True)
+class Answer:
+    """The stored answer of an earlier identical paid request, or one of our own pages."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+Decision = Admitted | Refusal | Answer
+
+
+class Door(Protocol):
+    """Answers calls. ``needs_body`` says whether the body must be buffered first (exact fares bind its digest)."""
+
+    def needs_body(self, call: Call) -> bool: ...
+
+    def admit(self, call: Call) -> Decision | Awaitable[Decision]: ...

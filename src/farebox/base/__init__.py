@@ -1,0 +1,1 @@
+"""Values with no opinion: money, time, ids, errors. Standard library only."""

@@ -1,0 +1,13 @@
+"""The data plane: an HTTP/1.1 reverse proxy that asks a door before it forwards.
+
+* ``server``: the gateway of one process: its catalog, clock and life
+* ``connection``: a client's connection: heads in, answers out, in order
+* ``exchange``: one admitted call between a client and an upstream
+* ``upstream``: keep-alive connections to one target; serves other outbound HTTP as well
+* ``routing``, ``targets``: which route takes a call, which paths are served at all
+* ``heads``, ``fields``, ``bodies``: HTTP/1.1 read strictly, sans I/O
+* ``forwarding``: who called, as the upstream is told
+* ``problems``: code → status → problem+json
+* ``settings``, ``counters``: every limit and wait; plain integers for the metrics
+* ``spool``, ``shipper``: what was admitted and done, on disk and on its way to the database
+"""

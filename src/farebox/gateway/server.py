@@ -1,0 +1,312 @@
+"""The gateway of one process: what its connections share, and how it begins, changes its catalog and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socket
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from email.utils import formatdate
+from typing import Any, Final, Protocol
+
+import structlog
+
+from farebox.app.admission import Answer, Call, Door, Headers, Refusal
+from farebox.base.errors import refuse
+from farebox.domain.access import FareKind, GatewayCatalog
+from farebox.gateway.connection import ClientConnection
+from farebox.gateway.counters import Counters
+from farebox.gateway.exchange import Exchange
+from farebox.gateway.fields import answer_fields, canonical, request_fields
+from farebox.gateway.forwarding import TrustedProxies
+from farebox.gateway.routing import RouteTable
+from farebox.gateway.settings import GatewaySettings
+from farebox.gateway.upstream import Destination, Ticker, UpstreamPool
+
+log = structlog.get_logger(__name__)
+
+#: After a drain began. A supervisor that holds the socket as well keeps what arrives later for the next process.
+_ACCEPTS_ON_S: Final = 0.05
+_ID_ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+class Site(Protocol):
+    """Our own pages on the public port: quotes, purchases, keys, discovery."""
+
+    def owns(self, path: str) -> bool: ...
+
+    async def answer(
+        self, method: str, path: str, query: str, headers: Headers, body: bytes, client_address: str
+    ) -> Answer | Refusal: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CallReport:
+    """How one call ended, for whoever shows or logs calls. ``fare`` None: it was refused with ``code``."""
+
+    request_id: str
+    client_address: str
+    call: Call | None  # None when the request did not get as far as a route
+    fare: FareKind | None
+    status: int  # 0: no answer
+    code: str | None
+    bytes_up: int
+    bytes_down: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Routes and where they lead, of one catalog: swapped as one."""
+
+    catalog: GatewayCatalog
+    table: RouteTable
+    destinations: dict[str, Destination]
+
+
+class Gateway:
+    """An HTTP/1.1 reverse proxy that asks a ``Door`` before it forwards. One event loop, any number of sockets.
+
+    ``log_refusals``/``log_calls`` write one structured line each (at info, at debug); ``on_call`` is told of every call.
+    """
+
+    def __init__(
+        self,
+        door: Door,
+        site: Site | None,
+        catalog: GatewayCatalog,
+        settings: GatewaySettings | None = None,
+        *,
+        on_call: Callable[[CallReport], None] | None = None,
+        log_refusals: bool = False,
+        log_calls: bool = False,
+    ) -> None:
+        self.door = door
+        self.site = site
+        self.settings = settings or GatewaySettings()
+        self.counters = Counters()
+        self.draining = False
+        self.ticker = Ticker()
+        self.request_book = request_fields()
+        self.answer_book = answer_fields()
+        self.contested: set[bytes] = set()
+        self.date = formatdate(usegmt=True).encode()
+        self.answer_lines = (
+            b"Farebox-Sandbox: 1\r\n" if self.settings.sandbox else b""
+        ) + b"Farebox-Request-Id: "
+        self._on_call = on_call
+        self._log_refusals = log_refusals
+        self._log_calls = log_calls
+        self._reports = on_call is not None or log_refusals or log_calls
+        number = int.from_bytes(os.urandom(10))
+        self._id_prefix = (
+            "req_" + "".join(_ID_ALPHABET[number >> shift & 31] for shift in range(75, -1, -5)) + "_"
+        )
+        self._ids = itertools.count(1)
+        self._forwarded_names: dict[bytes, bytes] = {}
+        self._connections: set[ClientConnection] = set()
+        self._servers: list[asyncio.Server] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.buffered_bytes = 0  # of request bodies held whole
+        self.unattended: set[Exchange] = set()  # their clients left, their payments are still to be settled
+        self._pools: dict[str, UpstreamPool] = {}
+        self._retired: list[UpstreamPool] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self.layout = self._lay_out(catalog)
+        self.trusted_proxies = TrustedProxies(catalog.server.trusted_proxies)
+
+    # ── its life ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def serve(self, sock: socket.socket) -> None:
+        """Begin to accept on a listening (or bound) socket, and return. May be called for several sockets."""
+        loop = asyncio.get_running_loop()
+        if self._timer is None:
+            self._tick()
+        self._servers.append(
+            await loop.create_server(lambda: ClientConnection(self), sock=sock, backlog=4096)
+        )
+
+    def replace_catalog(self, catalog: GatewayCatalog) -> None:
+        """From the next request on, routes and upstreams are those of ``catalog``. Calls under way end as they began.
+
+        Raises ``Refused`` for a catalog that cannot be served, and then keeps the present one.
+        """
+        trusted = TrustedProxies(catalog.server.trusted_proxies)
+        layout = self._lay_out(catalog)
+        self.layout = layout
+        self.trusted_proxies = trusted
+        in_use = {destination.pool.url for destination in layout.destinations.values()}
+        for url in [u for u in self._pools if u not in in_use]:
+            pool = self._pools.pop(url)
+            pool.retire()
+            self._retired.append(pool)
+
+    async def drain(self, timeout_s: float = 30.0) -> None:
+        """Serve what waits in the accept queue and what is under way, at most for ``timeout_s``; then close everything."""
+        self.draining = True
+        await asyncio.sleep(_ACCEPTS_ON_S)  # whoever waits in the accept queue is let in first
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
+        for connection in list(self._connections):
+            connection.leave_when_idle()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout_s
+        while (self._connections or self._tasks or self.unattended) and loop.time() < end:  # noqa: ASYNC110 - once in a life
+            await asyncio.sleep(0.02)
+        for connection in list(self._connections):
+            connection.abort()
+        for pool in [*self._pools.values(), *self._retired]:
+            pool.close()
+        await asyncio.sleep(0)
+        if self._tasks:  # settlements that outlast the drain go on to their end
+            await asyncio.wait(self._tasks, timeout=max(1.0, end - loop.time()))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _lay_out(self, catalog: GatewayCatalog) -> Layout:
+        site = self.site
+        table = RouteTable(catalog, site.owns if site is not None else _owns_nothing)
+        destinations: dict[str, Destination] = {}
+        fresh: dict[str, UpstreamPool] = {}
+        for upstream in catalog.upstreams:
+            pool = self._pools.get(upstream.url) or fresh.get(upstream.url)
+            if pool is None:
+                pool = fresh[upstream.url] = UpstreamPool(
+                    upstream.url, self.settings, self.ticker, self.answer_book
+                )
+            destinations[upstream.id] = Destination(pool, upstream.timeout_s)
+        for route in catalog.routes:
+            if route.upstream not in destinations:
+                raise refuse(
+                    "UPSTREAM_UNKNOWN",
+                    f"route {route.id}: there is no upstream {route.upstream!r}",
+                    "upstream",
+                )
+        self._pools.update(fresh)
+        return Layout(catalog, table, destinations)
+
+    def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.ticker.now = now = loop.time()
+        self.date = formatdate(usegmt=True).encode()
+        self._timer = loop.call_later(self.settings.tick_s, self._tick)
+        for connection in [c for c in self._connections if c.deadline < now]:
+            connection.expire()
+        for pool in self._pools.values():
+            pool.tick()
+        for pool in self._retired:
+            pool.tick()
+        self._retired = [pool for pool in self._retired if pool.connections]
+
+    # ── for its connections and exchanges ───────────────────────────────────────────────────────────────────────────
+
+    def next_request_id(self) -> str:
+        """Unique over processes and lives: 80 random bits a process, then a count."""
+        return f"{self._id_prefix}{next(self._ids):x}"
+
+    def connection_opened(self, connection: ClientConnection) -> bool:
+        """False when there are too many already."""
+        self._connections.add(connection)
+        self.counters.connections_open += 1
+        self.counters.connections_total += 1
+        return len(self._connections) <= self.settings.connections_max
+
+    def connection_closed(self, connection: ClientConnection) -> None:
+        self._connections.discard(connection)
+        self.counters.connections_open -= 1
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run what must wait; it is never cancelled (a settlement has to know its end)."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def contest(self, name: bytes) -> None:
+        """A name that decisions set on answers: from now on an upstream's line of that name gives way."""
+        self.contested.add(name)
+        self.answer_book.contest(name.lower())
+
+    def forwarded_name(self, name: bytes) -> bytes:
+        """The canonical form of a name that decisions set towards the upstream; empty for those no client can set."""
+        known = self._forwarded_names.get(name)
+        if known is None:
+            lower = canonical(name.lower())
+            known = self._forwarded_names[name] = b"" if lower.startswith(b"farebox-") else lower
+        return known
+
+    def call_ended(self, exchange: Exchange, status: int, code: str | None) -> None:
+        """An admitted call is over, well or not."""
+        if self.unattended:
+            self.unattended.discard(exchange)
+        if exchange.buffered_bytes:
+            self.buffered_bytes -= exchange.buffered_bytes
+            exchange.buffered_bytes = 0
+        duration_s = time.monotonic() - exchange.started
+        call, fare = exchange.call, exchange.admitted.fare
+        self.counters.call(call.route.id, fare, status, exchange.bytes_up, exchange.bytes_down, duration_s)
+        if self._reports:
+            self._report(
+                CallReport(
+                    call.request_id,
+                    call.client_address,
+                    call,
+                    fare,
+                    status,
+                    code,
+                    exchange.bytes_up,
+                    exchange.bytes_down,
+                    duration_s,
+                )
+            )
+
+    def refused(self, connection: ClientConnection, refused: Refusal, status: int) -> None:
+        """A request was answered with a problem instead of being served."""
+        code = refused.reason.code
+        self.counters.refusal(code)
+        if self._reports:
+            call = connection.call
+            address = call.client_address if call is not None else connection.peer
+            self._report(CallReport(connection.request_id, address, call, None, status, code, 0, 0, 0.0))
+
+    def _report(self, report: CallReport) -> None:
+        call = report.call
+        if (self._log_refusals and report.code is not None) or self._log_calls:
+            (log.info if report.code is not None else log.debug)(
+                "call_refused"
+                if report.fare is None
+                else "call_failed"
+                if report.code is not None
+                else "call_served",
+                request_id=report.request_id,
+                client=report.client_address,
+                method=call.method if call is not None else None,
+                path=call.path if call is not None else None,
+                client_request_id=_client_request_id(call),
+                route=call.route.id if call is not None else None,
+                fare=report.fare,
+                status=report.status,
+                code=report.code,
+                bytes_up=report.bytes_up,
+                bytes_down=report.bytes_down,
+                ms=round(report.duration_s * 1000, 3),
+            )
+        if self._on_call is not None:
+            try:
+                self._on_call(report)
+            except Exception:
+                log.exception("on_call_failed", request_id=report.request_id)
+
+
+def _client_request_id(call: Call | None) -> str | None:
+    """What the client calls this request; noted, never used."""
+    said = call.header(b"x-request-id") if call is not None else None
+    return said[:128].decode("latin-1") if said is not None else None
+
+
+def _owns_nothing(path: str) -> bool:
+    return False

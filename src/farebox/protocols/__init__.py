@@ -1,0 +1,1 @@
+"""Wire formats and digests. Nothing here opens a socket, a file or a clock."""
