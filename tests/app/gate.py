@@ -24,7 +24,8 @@ from farebox.base.money import Money
 from farebox.base.secrets import key_hash, new_customer_key
 from farebox.base.time import Period
 from farebox.domain.access import AccountFare, AdmissionGrant, ExactFare, GrantLimit, Match, Rewrite, Route
-from farebox.domain.passes import Pass, PassLimits, grant_of
+from farebox.domain.limits import PassLimits
+from farebox.domain.passes import Pass, grant_of
 from farebox.gateway.spool import AdmittedRecord, DoneRecord, Record, Spool, decode, file_name
 from farebox.store import grants, processes
 from farebox.store.changes import Listener

@@ -11,7 +11,8 @@ from farebox.app.pass_tokens import PassClaims, PassTokens, is_pass_token
 from farebox.app.passes import Passes
 from farebox.app.ports.clock import BusinessDate, WallClock
 from farebox.base.errors import Reason, Refused
-from farebox.domain.passes import Pass, PassLimits
+from farebox.domain.limits import PassLimits
+from farebox.domain.passes import Pass
 from farebox.protocols.passes import Keyring
 from farebox.store import changes, grants
 from farebox.store.pool import Database

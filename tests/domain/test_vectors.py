@@ -28,7 +28,7 @@ from farebox.domain.catalog import (
     Tiered,
     Volume,
 )
-from farebox.domain.limits import resolve, view
+from farebox.domain.entitlements import resolve, view
 from farebox.domain.rating import rate
 from tests.domain.strategies import rate_charge
 from tests.periods import periods_of

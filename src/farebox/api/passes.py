@@ -22,11 +22,12 @@ from farebox.api.resource import (
     moment_or_none,
     router,
 )
-from farebox.app.documents.gateway import PassLimitsDocument
+from farebox.app.documents.fares import PassLimitsDocument
 from farebox.app.documents.scalars import DurationS, ShortText
 from farebox.app.pages import decode_cursor, page_of, rows_wanted
 from farebox.app.passes import Passes
-from farebox.domain.passes import Pass, PassLimits, limits_document
+from farebox.domain.limits import PassLimits
+from farebox.domain.passes import Pass, limits_document
 
 
 class NewPass(Body):

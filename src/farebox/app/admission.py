@@ -39,6 +39,43 @@ class Call:
         return None
 
 
+class Flow(Protocol):
+    """One direction of one call's body bytes under limits. Bytes are taken before they are sent on."""
+
+    def take(self, size: int) -> int:
+        """How many of the next ``size`` bytes may pass now (0 to ``size``); these count as passed. Never waits."""
+        ...
+
+    async def more(self) -> bool:
+        """After ``take`` gave less than was asked: wait until some more may pass (a slice was leased, the rate has paced).
+        False: nothing more may ever pass; the transfer is cut exactly there."""
+        ...
+
+
+class Meter(Protocol):
+    """What limits the bytes and the credits of one call. Made only for calls that have such limits."""
+
+    upload: Flow | None
+    download: Flow | None
+
+    def credits(self, value: bytes) -> None:
+        """The upstream said (header or trailer, stripped) what the call costs; a value that is no good is logged and ignored."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """On what an admitted call stands for as long as it lasts; one object a grant and route, shared by its calls.
+
+    The gateway cuts a call whose ``expires_s`` (seconds since the epoch, business date) has passed, and one whose
+    ``subject_id`` (customer or pass) or ``key_id`` was revoked.
+    """
+
+    subject_id: str
+    expires_s: float
+    key_id: str = ""
+
+
 @dataclass(slots=True)
 class Admitted:
     """Pass. The gateway sets ``forward_headers`` towards the upstream and ``answer_headers`` towards the client.
@@ -60,6 +97,8 @@ class Admitted:
     # set by the gateway before ``finish``: the client left (or was cut off) after the call had been forwarded; one with
     # ``before_release`` is settled and kept all the same
     abandoned: bool = False
+    standing: Standing | None = None  # None: nothing that could end before the call does
+    meter: Meter | None = None  # None: no limit of bytes or credits
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from farebox.base.ids import new_id
 from farebox.base.time import Period, to_rfc3339
 from farebox.domain.access import AdmissionGrant, GrantLimit
 from farebox.domain.catalog import LimitEntitlement, PlanVersion
-from farebox.domain.limits import EntitlementView, Feature, absent, resolve, view
+from farebox.domain.entitlements import EntitlementView, Feature, absent, resolve, view
 from farebox.domain.subscription import Subscription, billing_period, runs_at
 from farebox.store import customers, entitlements, grants, subscriptions, usage
 from farebox.store.pool import Database, Tx

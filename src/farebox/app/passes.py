@@ -11,7 +11,8 @@ from farebox.app.pass_tokens import PassTokens
 from farebox.app.ports.clock import BusinessClock
 from farebox.base.errors import refuse
 from farebox.base.ids import new_id
-from farebox.domain.passes import Pass, PassLimits, calls_counter, grant_of, limits_document
+from farebox.domain.limits import PassLimits
+from farebox.domain.passes import Pass, calls_counter, grant_of, limits_document
 from farebox.store import audit, gateway_catalog, grants, passes
 from farebox.store.pool import Database, Tx
 

@@ -20,7 +20,8 @@ from farebox.base.errors import Refused, refuse
 from farebox.base.money import Money, plain
 from farebox.base.time import to_rfc3339
 from farebox.domain.access import GatewayCatalog, PassOffer, Route
-from farebox.domain.passes import PassLimits, limits_document
+from farebox.domain.limits import PassLimits
+from farebox.domain.passes import limits_document
 from farebox.protocols import strict_json
 from farebox.protocols.passes import QUOTE_TYP, Keyring
 from farebox.protocols.strict_json import Fields

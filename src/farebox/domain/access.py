@@ -14,6 +14,7 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from farebox.base.money import Asset, Money
+from farebox.domain.limits import LimitKind
 
 Flow = Literal["authorization", "upfront", "deferred"]
 FareKind = Literal["account", "pass", "exact", "free"]
@@ -77,8 +78,15 @@ class AccountFare:
 
 
 @dataclass(frozen=True, slots=True)
+class FreeFare:
+    """Calls that cost nothing and need no credential. ``methods`` empty: every method."""
+
+    methods: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
-    """One thing on sale. A route without any fare refuses every call (403); a free one says so (issue of free routes)."""
+    """One thing on sale. A route without any fare refuses every call (403); a free one says so (``free``)."""
 
     id: str
     match: Match
@@ -89,6 +97,7 @@ class Route:
     exact: ExactFare | None = None
     passes: tuple[PassOffer, ...] = ()
     account: AccountFare | None = None
+    free: FreeFare | None = None
     description: str = ""
 
 
@@ -131,14 +140,18 @@ class GatewayCatalog:
 
 @dataclass(frozen=True, slots=True)
 class GrantLimit:
-    """A counter that an admitted call spends from. ``metric_key`` None (a pass's calls) means every call counts one."""
+    """A counter that an admitted call spends from. ``metric_key`` None (a pass's calls) means every call counts one.
+
+    ``limit``: calls, bytes, credits, slots, calls a window, or bytes a second, as ``kind`` says (domain/limits.py).
+    """
 
     counter_id: str
-    kind: Literal["quota", "calls"]
+    kind: LimitKind
     limit: Decimal | None
     feature_key: str | None = None
     metric_key: str | None = None
     on_exceed: OnExceed = "block"
+    window_s: int | None = None  # of requests and rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +220,7 @@ def _route(document: dict[str, Any]) -> Route:
         ),
         passes=tuple(PassOffer(**{**p, "price": _money(p["price"])}) for p in document["passes"]),
         account=account and AccountFare(**account),
+        free=document["free"] and FreeFare(tuple(document["free"]["methods"])),
         description=document["description"],
     )
 

@@ -8,15 +8,9 @@ from decimal import Decimal
 from typing import Literal
 
 from farebox.domain.access import AdmissionGrant, GrantLimit
+from farebox.domain.limits import PassLimits
 
 PassStatus = Literal["active", "paused", "revoked"]
-
-
-@dataclass(frozen=True, slots=True)
-class PassLimits:
-    """What a pass holds. ``calls`` None: not limited."""
-
-    calls: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

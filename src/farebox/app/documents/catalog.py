@@ -17,13 +17,13 @@ from farebox.app.documents.gateway import (
     PaymentsDocument,
     RouteDocument,
     ServerDocument,
-    UpstreamDocument,
     gateway_sections,
     routes_without_fare,
     unknown_features,
 )
 from farebox.app.documents.scalars import Id
 from farebox.app.documents.surroundings import Surroundings
+from farebox.app.documents.upstreams import UpstreamDocument
 from farebox.app.documents.yaml_text import read_yaml, write_yaml
 from farebox.base.errors import Reason, Refused
 from farebox.domain.access import GatewayCatalog

@@ -1,321 +1,33 @@
-"""The shapes of farebox.yaml that the gateway reads: upstreams, routes with their fares, payments, server."""
+"""The shapes of farebox.yaml that the gateway reads, put together: routes, payments, server."""
 
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
+from farebox.app.documents.fares import (
+    ExactFareDocument,
+    FaresDocument,
+    Flow,
+    Network,
+    address_fault,
+    exact_document,
+    offer_document,
+)
 from farebox.app.documents.faults import Document, fault, not_available_yet
-from farebox.app.documents.scalars import (
-    DurationS,
-    Id,
-    Key,
-    LongText,
-    Name,
-    Price,
-    TimeoutS,
-    duration_text,
-)
+from farebox.app.documents.routing import MatchDocument, RewriteDocument, match_document, rewrite_document
+from farebox.app.documents.scalars import Id, Key, LongText, Name
 from farebox.app.documents.surroundings import Surroundings
+from farebox.app.documents.upstreams import UpstreamDocument, WebUrl, upstream_document
 from farebox.base.errors import Reason
-from farebox.base.money import Money, plain
-from farebox.domain.access import (
-    AccountFare,
-    ExactFare,
-    GatewayCatalog,
-    Match,
-    PassOffer,
-    Rewrite,
-    Route,
-    ServerSettings,
-    TokenAsset,
-    Upstream,
-)
+from farebox.base.money import Money
+from farebox.domain.access import ExactFare, GatewayCatalog, Route, ServerSettings, TokenAsset
 
 ROUTES_MAX: Final = 5_000
 UPSTREAMS_MAX: Final = 1_000
-OFFERS_MAX: Final = 100
-TIMEOUT_S_MAX: Final = 3_600.0
-
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,200}\Z", re.ASCII)
-_HEADER_VALUE = re.compile(r"[\x20-\x7e\x80-\xff]{0,4000}\Z")
-_METHOD = re.compile(r"[A-Za-z]{1,20}\Z", re.ASCII)
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?(:[0-9]{1,5})?\Z", re.ASCII)
-_EVM_ADDRESS = re.compile(r"0x[0-9a-fA-F]{40}\Z", re.ASCII)
-_NETWORK = re.compile(r"[-a-z0-9]{3,8}:[-_a-zA-Z0-9]{1,32}\Z", re.ASCII)
-_PARAMETER = re.compile(r"\{(\*?)([A-Za-z_][A-Za-z0-9_]{0,63})\}\Z", re.ASCII)
-_SEGMENT = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@%-]*\Z", re.ASCII)
-_VARIABLE = re.compile(r"\{([^{}]*)\}")
-
-VARIABLES: Final = frozenset({"customer", "plan", "pass", "payer", "route", "request_id"})
-#: Headers a route may not set: they frame the message or name the hop, or they are Farebox's own.
-_FRAMING: Final = frozenset(
-    {
-        "connection",
-        "content-length",
-        "expect",
-        "host",
-        "keep-alive",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
-
-
-def _url(value: Any) -> str:
-    if not isinstance(value, str):
-        raise fault("URL_MALFORMED", f"{value!r} is not a URL: write it like http://127.0.0.1:9000")
-    try:
-        parts = urlsplit(value)
-        port_is_good = parts.port is None or parts.port > 0
-    except ValueError:
-        raise fault(
-            "URL_MALFORMED", f"{value[:80]!r} is not a URL: write it like http://127.0.0.1:9000"
-        ) from None
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or not port_is_good
-        or re.search(r"[\s\x00-\x1f\\]", value)
-    ):
-        raise fault(
-            "URL_MALFORMED",
-            f"{value[:80]!r} is not an http or https URL: write it like http://127.0.0.1:9000",
-        )
-    if parts.username or parts.password:
-        raise fault(
-            "URL_MALFORMED",
-            "the URL holds a user name or password: set a header in rewrite.set_headers instead",
-        )
-    if parts.query or parts.fragment or "?" in value or "#" in value:
-        raise fault("URL_MALFORMED", f"{value[:80]!r} has a query or fragment: leave it out")
-    return value.rstrip("/")
-
-
-WebUrl = Annotated[str, BeforeValidator(_url), WithJsonSchema({"type": "string", "format": "uri"})]
-
-
-def _timeout(seconds: float) -> float:
-    if not 0 < seconds <= TIMEOUT_S_MAX:
-        raise fault("DURATION_MALFORMED", "the timeout must be above 0 and at most 1h")
-    return seconds
-
-
-def _path(path: str) -> str:
-    if not path.startswith("/") or path.startswith("//"):
-        raise fault("PATH_MALFORMED", f"{path[:80]!r} does not begin with one slash")
-    return path
-
-
-def _template(template: str) -> str:
-    """A path template: plain segments, ``{name}`` for one segment, ``{*name}`` for the rest (last only)."""
-    _path(template)
-    segments, seen = template[1:].split("/"), set()
-    for place, segment in enumerate(segments):
-        parameter = _PARAMETER.match(segment)
-        if parameter is None:
-            if not _SEGMENT.match(segment) or segment in (".", ".."):
-                raise fault(
-                    "PATH_MALFORMED",
-                    f"{segment[:80]!r} is not a path segment: write text, {{name}} or {{*rest}}",
-                )
-            if not segment and place < len(segments) - 1:
-                raise fault("PATH_MALFORMED", "an empty segment never matches: calls with // are refused")
-            continue
-        if parameter[1] and place < len(segments) - 1:
-            raise fault(
-                "PATH_MALFORMED", f"{segment} takes the rest of the path: only the last segment may do that"
-            )
-        if parameter[2] in seen:
-            raise fault("PATH_MALFORMED", f"{{{parameter[2]}}} appears twice: give each its own name")
-        seen.add(parameter[2])
-    return template
-
-
-def _methods(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
-
-def _method(value: str) -> str:
-    if not _METHOD.match(value):
-        raise fault("METHOD_MALFORMED", f"{value[:40]!r} is not a method such as GET")
-    return value.upper()
-
-
-def _host(value: str) -> str:
-    if not _HOST.match(value):
-        raise fault("HOST_MALFORMED", f"{value[:80]!r} is not a host name: write it like api.example.com")
-    return value.lower()
-
-
-def _header_names(headers: dict[str, str]) -> dict[str, str]:
-    for name, value in headers.items():
-        if not _HEADER_NAME.match(name):
-            raise fault("HEADER_MALFORMED", f"{name[:60]!r} is not a header name")
-        if not _HEADER_VALUE.match(value):
-            raise fault(
-                "HEADER_MALFORMED", f"the value of {name} holds characters that a header cannot carry"
-            )
-    if len({name.lower() for name in headers}) < len(headers):
-        raise fault("HEADER_MALFORMED", "a header is named twice in different spellings: write it once")
-    return headers
-
-
-def _settable(headers: dict[str, str]) -> dict[str, str]:
-    for name, value in _header_names(headers).items():
-        if name.lower() in _FRAMING or name.lower().startswith("farebox-"):
-            raise fault("HEADER_RESERVED", f"{name} is set by Farebox itself: choose another name")
-        for variable in _VARIABLE.findall(value):
-            if variable not in VARIABLES:
-                raise fault(
-                    "VARIABLE_UNKNOWN",
-                    f"{{{variable}}} is not known in {name}: use {', '.join(sorted(VARIABLES))}",
-                )
-    return headers
-
-
-def _network(value: str) -> str:
-    if not _NETWORK.match(value):
-        raise fault("NETWORK_MALFORMED", f"{value[:60]!r} is not a CAIP-2 network such as eip155:8453")
-    return value
-
-
-Network = Annotated[str, AfterValidator(_network)]
-HeaderText = Annotated[str, StringConstraints(strict=True)]
-
-
-def address_fault(network: str, address: str) -> str | None:
-    """What is wrong with an address on a network; None when nothing is, or when the network's form is not known here."""
-    if network.startswith("eip155:") and not _EVM_ADDRESS.match(address):
-        return f"{address[:60]!r} is not an address on {network}: write 0x and 40 hexadecimal digits"
-    if network.startswith("eip155:") and int(address, 16) == 0:
-        return f"the zero address on {network} belongs to nobody: money sent there is lost"
-    return None
-
-
-class UpstreamDocument(Document):
-    """Where admitted calls go."""
-
-    not_yet: ClassVar[Mapping[str, str]] = {
-        "targets": "several targets of one upstream are",
-        "balance": "balancing is",
-    }
-
-    url: WebUrl
-    timeout: Annotated[TimeoutS, AfterValidator(_timeout)] = 30.0
-    health: Annotated[str, AfterValidator(_path)] | None = None
-
-    def value(self, upstream_id: str) -> Upstream:
-        return Upstream(upstream_id, self.url, self.timeout, self.health)
-
-
-class MatchDocument(Document):
-    """Which calls a route takes. Empty lists mean any."""
-
-    path: Annotated[str, StringConstraints(strict=True, max_length=2000), AfterValidator(_template)]
-    methods: Annotated[tuple[Annotated[str, AfterValidator(_method)], ...], BeforeValidator(_methods)] = ()
-    hosts: Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], BeforeValidator(_methods)] = ()
-    headers: Annotated[dict[str, HeaderText], AfterValidator(_header_names)] = Field(default_factory=dict)
-
-    def value(self) -> Match:
-        headers = tuple((name.lower(), value) for name, value in self.headers.items())
-        return Match(self.path, self.methods, self.hosts, headers)
-
-
-class RewriteDocument(Document):
-    """What changes on the way to the upstream."""
-
-    strip_prefix: Annotated[str, AfterValidator(lambda p: p and _path(p))] = ""
-    set_headers: Annotated[dict[str, HeaderText], AfterValidator(_settable)] = Field(default_factory=dict)
-
-    def value(self) -> Rewrite:
-        return Rewrite(self.strip_prefix.rstrip("/"), tuple(self.set_headers.items()))
-
-
-def _flow(value: Any) -> Any:
-    if value in ("upfront", "deferred"):
-        raise not_available_yet(f"the flow {value!r} is")
-    return value
-
-
-def _scheme(value: Any) -> Any:
-    if value == "upto":
-        raise not_available_yet("the scheme 'upto' is")
-    return value
-
-
-def _some_scheme(schemes: tuple[str, ...]) -> tuple[str, ...]:
-    if not schemes:
-        raise fault("FIELD_MALFORMED", "no scheme is named: write [exact], or leave schemes out")
-    return schemes
-
-
-Flow = Annotated[Literal["authorization"], BeforeValidator(_flow)]
-Scheme = Annotated[Literal["exact"], BeforeValidator(_scheme)]
-
-
-class ExactFareDocument(Document):
-    """One call, paid on the spot."""
-
-    price: Price
-    pay_to: dict[Network, str] = Field(default_factory=dict)
-    flow: Flow | None = None
-    schemes: Annotated[tuple[Scheme, ...], AfterValidator(_some_scheme)] = ("exact",)
-
-
-class PassLimitsDocument(Document):
-    """What a pass holds."""
-
-    not_yet: ClassVar[Mapping[str, str]] = {
-        "download_bytes": "byte limits are",
-        "upload_bytes": "byte limits are",
-        "upload_rate": "rates are",
-        "download_rate": "rates are",
-        "credits": "credits are",
-        "concurrency": "concurrency limits are",
-        "requests": "windows are",
-    }
-
-    calls: Annotated[int, Field(strict=True, ge=1, le=10**12)] | None = None
-
-
-class PassOfferDocument(Document):
-    """A pass on sale."""
-
-    not_yet: ClassVar[Mapping[str, str]] = {"splits": "splitting a payment is"}
-
-    id: Id
-    name: Name
-    price: Price
-    duration: DurationS
-    limits: PassLimitsDocument = PassLimitsDocument()
-
-    def value(self) -> PassOffer:
-        return PassOffer(self.id, self.name, self.price, self.duration, self.limits.calls)
-
-
-class AccountFareDocument(Document):
-    """Calls by API key. No ``required_feature``: any active subscription will do."""
-
-    required_feature: Key | None = None
-
-    def value(self) -> AccountFare:
-        return AccountFare(self.required_feature)
-
-
-class FaresDocument(Document):
-    """The ways a route is paid for."""
-
-    exact: ExactFareDocument | None = None
-    passes: Annotated[tuple[PassOfferDocument, ...], Field(max_length=OFFERS_MAX)] = ()
-    account: AccountFareDocument | None = None
 
 
 def _metric(value: Any) -> Any:
@@ -629,7 +341,7 @@ def gateway_sections(catalog: GatewayCatalog, surroundings: Surroundings) -> dic
     """The catalog as the sections of a farebox.yaml that read back to it. What the installation fills in is left out."""
     sections: dict[str, Any] = {}
     if catalog.upstreams:
-        sections["upstreams"] = {u.id: _upstream_document(u) for u in catalog.upstreams}
+        sections["upstreams"] = {u.id: upstream_document(u) for u in catalog.upstreams}
     if catalog.routes:
         sections["routes"] = [_route_document(r, surroundings) for r in catalog.routes]
     assets = [
@@ -659,30 +371,15 @@ def gateway_sections(catalog: GatewayCatalog, surroundings: Surroundings) -> dic
     return sections
 
 
-def _upstream_document(upstream: Upstream) -> dict[str, Any]:
-    document: dict[str, Any] = {"url": upstream.url, "timeout": duration_text(upstream.timeout_s)}
-    if upstream.health:
-        document["health"] = upstream.health
-    return document
-
-
 def _route_document(route: Route, surroundings: Surroundings) -> dict[str, Any]:
-    match: dict[str, Any] = {"path": route.match.path}
-    if route.match.methods:
-        match["methods"] = list(route.match.methods)
-    if route.match.hosts:
-        match["hosts"] = list(route.match.hosts)
-    if route.match.headers:
-        match["headers"] = dict(route.match.headers)
-    document: dict[str, Any] = {"id": route.id, "match": match, "upstream": route.upstream}
+    document: dict[str, Any] = {
+        "id": route.id,
+        "match": match_document(route.match),
+        "upstream": route.upstream,
+    }
     if route.description:
         document["description"] = route.description
-    rewrite: dict[str, Any] = {}
-    if route.rewrite.strip_prefix:
-        rewrite["strip_prefix"] = route.rewrite.strip_prefix
-    if route.rewrite.set_headers:
-        rewrite["set_headers"] = dict(route.rewrite.set_headers)
-    if rewrite:
+    if rewrite := rewrite_document(route.rewrite):
         document["rewrite"] = rewrite
     if route.metric:
         document["metric"] = route.metric
@@ -690,9 +387,9 @@ def _route_document(route: Route, surroundings: Surroundings) -> dict[str, Any]:
         document["charge_on"] = route.charge_on
     fares: dict[str, Any] = {}
     if route.exact:
-        fares["exact"] = _exact_document(route.exact, surroundings)
+        fares["exact"] = exact_document(route.exact, surroundings)
     if route.passes:
-        fares["passes"] = [_offer_document(offer) for offer in route.passes]
+        fares["passes"] = [offer_document(offer) for offer in route.passes]
     if route.account:
         fares["account"] = (
             {"required_feature": route.account.required_feature} if route.account.required_feature else {}
@@ -700,30 +397,3 @@ def _route_document(route: Route, surroundings: Surroundings) -> dict[str, Any]:
     if fares:
         document["fares"] = fares
     return document
-
-
-def _exact_document(exact: ExactFare, surroundings: Surroundings) -> dict[str, Any]:
-    document: dict[str, Any] = {"price": _price_text(exact.price)}
-    if dict(exact.pay_to) != dict(surroundings.pay_to):
-        document["pay_to"] = dict(exact.pay_to)
-    if exact.flow != "authorization":
-        document["flow"] = exact.flow
-    if exact.schemes != ("exact",):
-        document["schemes"] = list(exact.schemes)
-    return document
-
-
-def _offer_document(offer: PassOffer) -> dict[str, Any]:
-    document: dict[str, Any] = {
-        "id": offer.id,
-        "name": offer.name,
-        "price": _price_text(offer.price),
-        "duration": duration_text(offer.duration_s),
-    }
-    if offer.calls is not None:
-        document["limits"] = {"calls": offer.calls}
-    return document
-
-
-def _price_text(price: Money) -> str:
-    return f"{plain(price.major)} {price.asset.code}"

@@ -19,7 +19,7 @@ from farebox.domain.catalog import (
     OnExceed,
     PlanVersion,
 )
-from farebox.domain.limits import Feature, SourcedValue, absent, resolve, view
+from farebox.domain.entitlements import Feature, SourcedValue, absent, resolve, view
 
 D = Decimal
 AMOUNTS = st.decimals(0, 10**9, places=3)
