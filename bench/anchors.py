@@ -90,11 +90,17 @@ def cpu_us(pid: int) -> float:
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1000
 
 
-def wrk(port: int, path: str, seconds: int, connections: int, core: int, headers: Mapping[str, str]) -> Run:
-    """Load from one thread on one core; anything but whole 2xx and 3xx answers ends the benchmark."""
-    given = [part for name, value in headers.items() for part in ("-H", f"{name}: {value}")]
+def wrk(
+    port: int, path: str, seconds: int, connections: int, core: int, given: Mapping[str, str] | Path
+) -> Run:
+    """Load from one thread on one core; ``given`` are headers, or a script that writes the requests. Anything but whole 2xx
+    and 3xx answers ends the benchmark."""
+    if isinstance(given, Path):
+        how = ["-s", str(given)]
+    else:
+        how = [part for name, value in given.items() for part in ("-H", f"{name}: {value}")]
     output = subprocess.run(
-        ["taskset", "-c", str(core), "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", *given,
+        ["taskset", "-c", str(core), "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", *how,
          f"http://127.0.0.1:{port}{path}"],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip

@@ -22,6 +22,7 @@ LogFormat = Literal["json", "console"]
 OnFull = Literal["refuse", "drop_detail"]
 
 MASTER_KEY_CHARACTERS_MIN: Final = 32
+EDGE_SECRET_CHARACTERS_MIN: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,9 @@ VARIABLES: Final[tuple[Variable, ...]] = (
     Variable("FAREBOX_GATEWAYS", "gateway processes on this machine", "1"),
     Variable("FAREBOX_GATEWAY_HOST", "address the gateway listens on", "127.0.0.1"),
     Variable("FAREBOX_GATEWAY_PORT", "port the gateway listens on; 0 picks a free one", "8402"),
+    Variable("FAREBOX_AUTHORIZE_HOST", "address of the forward-auth listener, for nginx, Caddy or Envoy in front (docs/edges.md)", "127.0.0.1"),
+    Variable("FAREBOX_AUTHORIZE_PORT", "port of the forward-auth listener; unset: there is none; 0 picks a free one"),
+    Variable("FAREBOX_EDGE_SECRET", "what an edge proves itself with at the forward-auth listener; at least 32 characters", None, (), True),
     Variable("FAREBOX_API_HOST", "address the control API listens on", "127.0.0.1"),
     Variable("FAREBOX_API_PORT", "port the control API listens on; 0 picks a free one", "8400", ("PORT",)),
     Variable("FAREBOX_API_RATE_LIMIT_RPM", "requests a minute an admin key may make; 0: no limit", "6000", ("API_RATE_LIMIT_RPM",)),
@@ -104,6 +108,9 @@ _OTHER_PREFIXES: Final = (
 
 _SIZE = re.compile(r"([0-9]{1,15})\s*(|B|kB|KB|MB|GB)\Z", re.ASCII)
 _SIZE_UNITS: Final = {"": 1, "B": 1, "kB": 1000, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
+_EDGE_SECRET = re.compile(
+    r"[A-Za-z0-9+/=_.~-]+\Z"
+)  # what no edge's configuration language gives a meaning to
 _HEX_32 = re.compile(r"[0-9a-fA-F]{64}\Z", re.ASCII)
 
 
@@ -149,6 +156,15 @@ class GatewayConfig:
     upstream_idle_timeout_s: float
     upstream_connections_max: int
     drain_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AuthorizeConfig:
+    """The forward-auth listener. ``port`` None: there is none; 0: a free one."""
+
+    host: str
+    port: int | None
+    secret: Secret | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +224,7 @@ class Config:
     public_url: str | None
     log: LogConfig
     gateway: GatewayConfig
+    authorize: AuthorizeConfig
     admission: AdmissionConfig
     spool: SpoolConfig
     api: ApiConfig
@@ -255,6 +272,7 @@ class Config:
                 upstream_connections_max=reader.whole("FAREBOX_UPSTREAM_CONNECTIONS_MAX", 1, 65535),
                 drain_timeout_s=reader.seconds("FAREBOX_DRAIN_TIMEOUT_S"),
             ),
+            authorize=reader.authorize(),
             admission=AdmissionConfig(
                 stale_grant_s_max=reader.seconds("FAREBOX_STALE_GRANT_S_MAX"),
                 grant_ttl_s=reader.seconds("FAREBOX_GRANT_TTL_S"),
@@ -326,6 +344,7 @@ class Config:
 _REMEDIES: Final = {
     "FAREBOX_DATABASE_URL": "set it to postgresql://user:password@host/database, or let `farebox up` start the embedded one",
     "FAREBOX_MASTER_KEY": "set it to a random text of at least 32 characters, for example the output of `openssl rand -base64 32`",
+    "FAREBOX_EDGE_SECRET": "set it to a random text of at least 32 characters, for example the output of `openssl rand -base64 32`; the edge sends it as Farebox-Edge-Secret",
     "FAREBOX_PAYMENT_NETWORK": "set it, or `payments.defaults.network` in farebox.yaml, to a network such as eip155:8453",
     "FAREBOX_PAYMENT_PAY_TO": "set it, or `payments.defaults.pay_to` in farebox.yaml, to the address that receives payments",
 }
@@ -438,6 +457,22 @@ class _Reader:
                 f"has {len(value)} characters, at least {MASTER_KEY_CHARACTERS_MIN} are needed: {_REMEDIES[name]}",
             )
         return Secret(value)
+
+    def authorize(self) -> AuthorizeConfig:
+        """The forward-auth listener: with a port there must be a secret."""
+        host = self.required("FAREBOX_AUTHORIZE_HOST")
+        port = self.whole("FAREBOX_AUTHORIZE_PORT", 0, 65535) if self.text("FAREBOX_AUTHORIZE_PORT") else None
+        secret = self.text("FAREBOX_EDGE_SECRET")
+        if secret is None and port is not None:
+            self.faults.append(missing("FAREBOX_EDGE_SECRET"))
+        if secret is not None and (
+            len(secret) < EDGE_SECRET_CHARACTERS_MIN or not _EDGE_SECRET.match(secret)
+        ):
+            self._fault(
+                "FAREBOX_EDGE_SECRET",
+                f"is not one word of at least {EDGE_SECRET_CHARACTERS_MIN} letters, digits or + / = _ . ~ -: `openssl rand -base64 32` makes one",
+            )
+        return AuthorizeConfig(host, port, Secret(secret) if secret is not None else None)
 
     def keys(self, *names: str) -> dict[str, Secret]:
         given: dict[str, Secret] = {}

@@ -407,6 +407,29 @@ async def test_an_operator_grants_looks_at_and_revokes_a_pass(open_shop: Shop):
     assert (await shop.get("/v1/passes/pas_none", 404))["error"]["code"] == "PASS_UNKNOWN"
 
 
+async def test_a_pass_may_hold_every_kind_of_limit_and_says_what_is_spent_of_each(open_shop: Shop):
+    limits = {
+        "calls": 1000, "credits": 500, "concurrency": 8, "upload_bytes": "50MB", "download_bytes": 1_000_000,
+        "requests": {"count": 100, "window": "1m"}, "upload_rate": "100KB/s",
+        "download_rate": {"bytes_per_second": 50_000, "window": "5m"},
+    }  # fmt: skip
+
+    granted = await open_shop.post(
+        "/v1/passes", {"route": "forecast", "limits": limits, "duration": "1h"}, 201
+    )
+
+    assert granted["limits"] == {
+        "calls": 1000, "credits": 500, "concurrency": 8, "upload_bytes": 50_000_000, "download_bytes": 1_000_000,
+        "requests": {"count": 100, "window_s": 60}, "upload_rate": {"bytes_per_second": 100_000, "window_s": 60},
+        "download_rate": {"bytes_per_second": 50_000, "window_s": 300},
+    }  # fmt: skip
+    read = await open_shop.get(f"/v1/passes/{granted['pass_id']}")
+    assert read["limits"] == granted["limits"]
+    assert read["spent"] == dict.fromkeys(
+        ("calls", "credits", "concurrency", "upload_bytes", "download_bytes", "requests"), 0
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "status", "field"),
     [
@@ -416,7 +439,15 @@ async def test_an_operator_grants_looks_at_and_revokes_a_pass(open_shop: Shop):
         ({"limits": {"calls": 0}}, 400, "limits.calls"),
         ({"limits": {"calls": -5}}, 400, "limits.calls"),
         ({"limits": {"calls": 1.5}}, 400, "limits.calls"),
-        ({"limits": {"credits": 5}}, 422, "limits.credits"),
+        ({"limits": {"credits": 0}}, 400, "limits.credits"),
+        ({"limits": {"concurrency": 100_001}}, 400, "limits.concurrency"),
+        ({"limits": {"download_bytes": "50 parrots"}}, 400, "limits.download_bytes"),
+        ({"limits": {"requests": {"count": 5}}}, 400, "limits.requests.window"),
+        (
+            {"limits": {"upload_rate": {"bytes_per_second": 5, "window": "2h"}}},
+            400,
+            "limits.upload_rate.window",
+        ),
     ],
 )
 async def test_a_faulty_pass_is_refused(open_shop: Shop, change: dict[str, Any], status: int, field: str):

@@ -228,12 +228,18 @@ def quota(customer_id: str, limit: int) -> GrantLimit:
 
 
 async def sell_pass(
-    gate: Gate, calls: int | None, route: Route = EVERYTHING, pass_id: str = "pas_1", **when: datetime
+    gate: Gate,
+    calls: int | None = None,
+    route: Route = EVERYTHING,
+    pass_id: str = "pas_1",
+    limits: PassLimits | None = None,
+    **when: datetime,
 ) -> str:
     """A pass (its grant and counters) and its token."""
     now = datetime.fromtimestamp(time.time()).astimezone()
     sold = Pass(
-        id=pass_id, route_id=route.id, offer_id=None, name="", holder=None, status="active", limits=PassLimits(calls),
+        id=pass_id, route_id=route.id, offer_id=None, name="", holder=None, status="active",
+        limits=limits or PassLimits(calls),
         starts_at=now, expires_at=when.get("expires_at", now.replace(year=now.year + 1, day=1)),
     )  # fmt: skip
     async with gate.database.transaction() as tx:

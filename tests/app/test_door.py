@@ -15,6 +15,7 @@ from farebox.base.errors import Reason
 from farebox.base.money import Money
 from farebox.base.secrets import new_admin_key, new_customer_key
 from farebox.domain.access import AccountFare, Match, PassOffer, Route
+from farebox.domain.limits import PassLimits
 from farebox.gateway.spool import decode_rider
 from farebox.store import grants, limits
 from tests.app.gate import ACCOUNT, EVERYTHING, Gate, a_call, a_customer, a_gate, header, put_grant, sell_pass
@@ -73,7 +74,7 @@ async def test_what_the_upstream_is_told_names_the_caller_and_fills_the_routes_o
     call = a_call(EVERYTHING, X_API_Key=key)
     admitted = await gate.lets_in(call)
 
-    assert dict(admitted.forward_headers) == {
+    assert dict(admitted.told_upstream()) == {
         b"Farebox-Request-Id": call.request_id.encode(),
         b"Farebox-Customer": b"acme",
         b"Farebox-Plan": b"starter",
@@ -87,7 +88,7 @@ async def test_a_quota_is_hard_and_the_headers_count_down_to_it(gate: Gate) -> N
     key = await a_customer(gate.database, limit=3, expires_at=datetime.now(UTC) + timedelta(hours=1))
 
     left = [
-        header((await gate.lets_in(a_call(X_API_Key=key))).answer_headers, b"RateLimit-Remaining")
+        header((await gate.lets_in(a_call(X_API_Key=key))).told_client(), b"RateLimit-Remaining")
         for _ in range(3)
     ]
     refused = await gate.refuses(a_call(X_API_Key=key))
@@ -202,7 +203,7 @@ async def test_a_stranger_is_told_the_price_within_a_budget(gate: Gate) -> None:
 
 
 async def test_a_stranger_on_a_route_without_exact_fare_is_told_what_it_takes(gate: Gate) -> None:
-    offer = PassOffer("hour", "One hour", Money.parse("0.25 USDC"), 3600, 10)
+    offer = PassOffer("hour", "One hour", Money.parse("0.25 USDC"), 3600, PassLimits(10))
     route = Route("r", Match("/"), "weather", account=AccountFare(), passes=(offer,))
 
     refused = await gate.refuses(a_call(route))
@@ -234,9 +235,9 @@ async def test_a_pass_opens_its_route_until_its_calls_are_gone(gate: Gate) -> No
     third = await gate.refuses(a_call(EVERYTHING, Authorization=f"Bearer {token}"))
 
     assert first.fare == "pass"
-    assert header(first.answer_headers, b"Farebox-Pass-Remaining") == b"calls=1"
-    assert header(first.forward_headers, b"Farebox-Pass") == b"pas_1"
-    assert header(second.answer_headers, b"Farebox-Pass-Remaining") == b"calls=0"
+    assert header(first.told_client(), b"Farebox-Pass-Remaining") == b"calls=1"
+    assert header(first.told_upstream(), b"Farebox-Pass") == b"pas_1"
+    assert header(second.told_client(), b"Farebox-Pass-Remaining") == b"calls=0"
     assert third.reason.code == "pass_exhausted"
     assert third.reason.facts["quotes"] == "/.farebox/quotes?route=all"
 
@@ -246,7 +247,7 @@ async def test_a_pass_without_a_limit_counts_nothing(gate: Gate) -> None:
 
     admitted = await gate.lets_in(a_call(EVERYTHING, Authorization=f"Bearer {token}"))
 
-    assert admitted.answer_headers == []
+    assert admitted.told_client() == []
 
 
 async def test_a_pass_opens_no_other_route(gate: Gate) -> None:
@@ -333,8 +334,8 @@ async def test_a_paid_call_is_spooled_with_its_payer(gate: Gate) -> None:
     assert (rider.fare, rider.payer, rider.billed_when_orphaned) == ("exact", "0xabc", False)
     assert gate.exact.finished == [(200, 1, 2)]
     assert gate.done()[0].billed
-    assert header(admitted.forward_headers, b"Farebox-Payer") == b"0xabc"
-    assert header(admitted.forward_headers, b"Farebox-Route") == b"all"
+    assert header(admitted.told_upstream(), b"Farebox-Payer") == b"0xabc"
+    assert header(admitted.told_upstream(), b"Farebox-Route") == b"all"
 
 
 async def test_a_bad_payment_is_counted_and_only_a_payment_needs_the_body(gate: Gate) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import LiteralString
 
 import pytest
 
 from farebox.app.admission import Admitted
 from farebox.app.entitlements import Entitlements
-from farebox.app.grants import GrantCache
+from farebox.app.grants import DEAF_TTL_S, LOOK_AGAIN_S, GrantCache
 from farebox.app.ports.clock import BusinessDate, WallClock
 from farebox.base.errors import Unavailable
 from farebox.base.secrets import key_hash
 from farebox.store import grants
 from farebox.store.pool import Database
 from tests.app.gate import a_call, a_customer, a_gate, put_grant
+from tests.wire import a_wire
 
 
 class Time:
@@ -67,19 +69,117 @@ async def test_a_change_is_forgotten_at_once_by_key_customer_or_grant(database: 
     assert len(cache) == 0
 
 
-async def test_a_value_read_while_something_changed_is_not_remembered(database: Database) -> None:
-    cache = GrantCache(database)
+async def test_a_value_that_was_revoked_while_it_was_read_is_read_again(
+    database: Database, database_url: str
+) -> None:
+    """The answer was on its way when the key was revoked: whoever waits for it must not get in with it."""
     name = key_hash(await a_customer(database))
-
-    async with database.transaction() as tx:
-        await tx.execute("LOCK TABLE customer_key IN ACCESS EXCLUSIVE MODE")
+    async with a_wire(database_url) as wire, await Database.open(wire.url, name="far") as far:
+        await far.ping()
+        cache = GrantCache(far, patience_s=60)
+        wire.hold()
         reading = asyncio.create_task(cache.find(name))
-        while not await (await tx.execute("SELECT 1 FROM pg_locks WHERE NOT granted")).fetchone():
-            await asyncio.sleep(0.01)
-        cache.invalidate("acme")
+        async with database.connection() as tx:
+            while not await (await tx.execute(ANSWERED)).fetchone():
+                await asyncio.sleep(0.01)
+            await tx.execute("UPDATE customer_key SET revoked_at = now()")
+        cache.invalidate("ck_acme")
+        wire.release()
 
-    assert await reading is not None
+        assert await reading is None
+        assert cache.fresh(name) is None
+
+
+#: The far side's question has been answered; the answer is in the wire.
+ANSWERED: LiteralString = """
+    SELECT 1 FROM pg_stat_activity
+     WHERE application_name = 'farebox far' AND state = 'idle' AND query LIKE '%customer_key k%'"""
+
+
+async def test_changes_of_others_do_not_keep_a_value_from_being_remembered(
+    database: Database, database_url: str
+) -> None:
+    name = key_hash(await a_customer(database))
+    async with a_wire(database_url) as wire, await Database.open(wire.url, name="far") as far:
+        await far.ping()
+        cache = GrantCache(far, patience_s=60)
+        wire.hold()
+        reading = asyncio.create_task(cache.find(name))
+        async with database.connection() as tx:
+            while not await (await tx.execute(ANSWERED)).fetchone():
+                await asyncio.sleep(0.01)
+        cache.invalidate("somebody_else")
+        wire.release()
+
+        assert await reading is not None
+        assert cache.fresh(name) is not None
+
+
+async def test_while_no_notices_are_heard_nothing_is_used_for_long_without_looking(
+    database: Database,
+) -> None:
+    time = Time()
+    cache = GrantCache(database, ttl_s=60, clock=time)
+    cache.listening()
+    name = key_hash(await a_customer(database))
+    await cache.find(name)
+
+    cache.deaf()
+    assert cache.fresh(name) is None, "a notice may have been missed"
+    await cache.find(name)
+    assert cache.fresh(name) is not None
+    time.now += DEAF_TTL_S
     assert cache.fresh(name) is None
+
+    cache.listening()
+    assert cache.fresh(name) is None
+    await cache.find(name)
+    time.now += 40
+    assert cache.fresh(name) is not None
+
+
+async def test_in_an_outage_a_value_is_as_old_as_the_last_moment_at_which_nothing_was_missed(
+    database_url: str,
+) -> None:
+    time = Time()
+    database = await Database.open(database_url, name="test")
+    cache = GrantCache(database, ttl_s=60, stale_s_max=10, clock=time)
+    early, late = key_hash(await a_customer(database)), key_hash(await a_customer(database, "late"))
+    await cache.find(early)  # before anything is heard
+    time.now += 1
+    cache.listening()
+    await cache.find(late)
+    time.now += 50
+    cache.confirmed(time.now)
+    await database.close()
+    cache.deaf()
+
+    time.now += 9
+    assert await cache.find(late) is not None
+    with pytest.raises(Unavailable):
+        await cache.find(early)
+    time.now += 2
+    assert cache.fresh(late) is None
+    with pytest.raises(Unavailable):
+        await cache.find(late)
+
+
+async def test_in_an_outage_only_the_first_call_waits_for_the_database(database_url: str) -> None:
+    time = Time()
+    database = await Database.open(database_url, name="test")
+    cache = GrantCache(database, stale_s_max=900, clock=time)
+    name = key_hash(await a_customer(database))
+    known = await cache.find(name)
+    await database.close()
+    cache.deaf()
+
+    assert await cache.find(name) is known
+    for _ in range(20):
+        time.now += LOOK_AGAIN_S + 0.1
+        before = known.fresh_until
+        assert cache.fresh(name) is known
+        while known.fresh_until == before:  # the look ahead fails, and the value goes on
+            await asyncio.sleep(0)
 
 
 async def test_many_who_ask_at_once_share_one_read(database: Database) -> None:

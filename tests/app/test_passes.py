@@ -61,7 +61,7 @@ async def test_a_granted_pass_opens_its_route_until_it_is_revoked(
     assert grant is not None
     assert grant.routes == {"forecast"}
     assert grant.expires_at == granted.expires_at
-    assert await passes.get(granted.id) == (granted, 0)
+    assert await passes.get(granted.id) == (granted, {"calls": 0})
     assert await passes.list() == [granted]
 
     revoked = await passes.revoke(granted.id, "key_1")

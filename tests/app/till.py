@@ -20,6 +20,7 @@ from farebox.app.quotes import Quotes
 from farebox.app.site import Site
 from farebox.base.money import Money
 from farebox.domain.access import ExactFare, GatewayCatalog, Match, PassOffer, Route, Upstream
+from farebox.domain.limits import PassLimits
 from farebox.protocols.evm import (
     TransferAuthorization,
     address_of,
@@ -42,7 +43,7 @@ ROUTE = Route(
     match=Match("/weather/{city}"),
     upstream="weather",
     exact=ExactFare(Money.parse("0.001 USDC"), ()),
-    passes=(PassOffer("hour", "One hour", Money.parse("0.25 USDC"), 3600, 500),),
+    passes=(PassOffer("hour", "One hour", Money.parse("0.25 USDC"), 3600, PassLimits(500)),),
     description="The weather of a city",
 )
 CATALOG = GatewayCatalog(1, (Upstream("weather", "http://127.0.0.1:9"),), (ROUTE,))

@@ -119,6 +119,21 @@ def test_it_can_be_stopped_while_it_starts(tmp_path: Path, reached: str):
     until(lambda: not [p for p in Path("/proc").glob("[0-9]*") if str(tmp_path).encode() in command_line(p)])
 
 
+def test_whoever_is_told_to_stop_again_and_again_stops_all_the_same(tmp_path: Path):
+    """Also in its last moments, when the loop that heard the first signal is gone."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "farebox", "up", "--sandbox", "--data", str(tmp_path / "data"),
+         "--gateway-port", "0", "--api-port", "0", "--ops-port", "0", "--ready-file", str(tmp_path / "ready.json")],
+        cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    until(lambda: (tmp_path / "ready.json").exists() or process.poll() is not None, within_s=60)
+    while process.poll() is None:
+        process.terminate()
+        time.sleep(0.001)
+    assert process.returncode == 0
+    until(lambda: not [p for p in Path("/proc").glob("[0-9]*") if str(tmp_path).encode() in command_line(p)])
+
+
 def command_line(process: Path) -> bytes:
     try:
         return (process / "cmdline").read_bytes()

@@ -45,6 +45,7 @@ class OpenDoor:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.let_in: list[str] = []
         self.finished: list[Finish] = []
         self.binds_bodies = False
         self.decide: Callable[[Call], Decision | Awaitable[Decision]] = self.admitted
@@ -58,6 +59,7 @@ class OpenDoor:
 
     def admitted(self, call: Call, **more: Any) -> Admitted:
         """The plain yes; ``more`` are other fields of Admitted."""
+        self.let_in.append(call.request_id)
 
         def finish(status: int, bytes_up: int, bytes_down: int) -> None:
             self.finished.append(Finish(call.request_id, status, bytes_up, bytes_down))

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any
-
 import httptools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from farebox.gateway.bodies import Body, ChunkedBody, LengthBody
-from farebox.gateway.connection import ClientConnection
 from farebox.gateway.fields import request_fields
 from farebox.gateway.heads import RequestHead, check_unfinished, read_request_head
 from farebox.gateway.problems import Fault
-from farebox.gateway.server import Gateway
 from farebox.gateway.targets import check_path
-from tests.gateway.kit import Answers, House, OpenDoor, catalog
+from tests.gateway.kit import Answers, House
+from tests.gateway.stage import pieces_of
 
 CONVERSATION = (
     b"\r\nGET /1?x=1 HTTP/1.1\r\nHost: a.example\r\nX-Empty:\r\nAccept: */*\r\n\r\n"
@@ -42,79 +38,7 @@ async def test_a_conversation_cut_into_equal_pieces(house: House, step: int):
     check(await house.says(*pieces, methods=METHODS, pause_s=0 if step > 2 else 0.0002))
 
 
-async def test_a_conversation_cut_once_at_any_place(house: House):
-    """Through the protocol itself, so that each piece is one read."""
-
-    async def talk(cut: int) -> Answers:
-        wire = Wire()
-        connection = ClientConnection(house.gateway)
-        connection.connection_made(wire)
-        connection.data_received(CONVERSATION[:cut])
-        await asyncio.sleep(0)
-        if not wire.closed:
-            connection.data_received(CONVERSATION[cut:])
-        async with asyncio.timeout(20):
-            while not wire.closed:
-                await asyncio.sleep(0.001)
-        answers = Answers(METHODS)
-        answers.feed(bytes(wire.written))
-        connection.connection_lost(None)
-        return answers
-
-    for start in range(1, len(CONVERSATION), 64):
-        for answers in await asyncio.gather(
-            *(talk(cut) for cut in range(start, min(start + 64, len(CONVERSATION))))
-        ):
-            check(answers)
-
-
-class Wire(asyncio.Transport):
-    """A client's end of a connection in memory: what was written, and whether it was closed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written = bytearray()
-        self.closed = False
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return ("127.0.0.1", 1) if name == "peername" else default
-
-    def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
-        self.written += data
-
-    def write_eof(self) -> None:
-        self.closed = True
-
-    def can_write_eof(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self.closed = True
-
-    abort = close
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        pass
-
-    def pause_reading(self) -> None:
-        pass
-
-    def resume_reading(self) -> None:
-        pass
-
-
 # ── readers alone ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
-    places = sorted({c % (len(data) + 1) for c in cuts})
-    return [data[a:b] for a, b in zip([0, *places], [*places, len(data)], strict=True) if a != b]
 
 
 def read_whole(body: Body, pieces: list[bytes]) -> tuple[bytes, bool, bytes, bool]:
@@ -268,50 +192,3 @@ def test_the_witness_is_heard():
     assert agree(b"GET /x?y HTTP/1.1\r\nHost: a\r\nX: \t y \r\nX:\r\n\r\n")
     assert agree(b"POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
     assert agree(b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello")
-
-
-# ── the connection under random bytes ───────────────────────────────────────────────────────────────────────────────
-
-SPOILED = st.lists(
-    st.one_of(
-        st.sampled_from(
-            [b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n", b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc", b"\r\n", b"0\r\n\r\n",
-             b"POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", b"3\r\nabc\r\n", b"GET / HTTP/1.0\r\nHost: a\r\n\r\n",
-             b"PUT /x HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n", b"GET", b"HEAD /x HTTP/1.1\r\n", b"Host: a\r\n\r\n"]
-        ),
-        st.binary(min_size=1, max_size=5),
-    ),
-    min_size=1,
-    max_size=12,
-)  # fmt: skip
-
-
-@given(st.lists(SPOILED, min_size=1, max_size=1))
-def test_no_bytes_upset_a_connection(talks: list[list[bytes]]):
-    """Nothing raises, every admitted call is closed out once, and whatever is written is HTTP."""
-
-    async def talk() -> None:
-        door = OpenDoor()
-        errors: list[dict[str, Any]] = []
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
-        gateway = Gateway(door, None, catalog("http://127.0.0.1:1"))
-        for pieces in talks:
-            wire = Wire()
-            connection = ClientConnection(gateway)
-            connection.connection_made(wire)
-            for piece in pieces:
-                if wire.closed and connection._transport is None:
-                    break
-                connection.data_received(piece)
-                await asyncio.sleep(0)
-            for _ in range(200):
-                if len(door.finished) == len(door.calls):
-                    break
-                await asyncio.sleep(0.001)
-            connection.connection_lost(None)
-            assert bytes(wire.written[:9]) in (b"", b"HTTP/1.1 ")
-        await gateway.drain(0.1)
-        assert len(door.finished) == len(door.calls)
-        assert errors == []
-
-    asyncio.run(talk())

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from farebox.domain.access import Match, Rewrite, Route
+from farebox.gateway.forwarding import TrustedProxies
 from farebox.gateway.settings import GatewaySettings
 from tests.gateway.kit import Answers, Heard, House, open_house, setting_headers
 
@@ -82,10 +83,12 @@ async def test_hop_by_hop_headers_stay_on_their_hop(house: House):
     )  # fmt: skip
 
     heard = house.upstream.heard[0]
-    for name in (
-        "Connection",
-        "X-Secret",
+    assert (heard.one("Connection"), heard.one("TE")) == (
         "TE",
+        "trailers",
+    )  # ours, for trailers can be passed on
+    for name in (
+        "X-Secret",
         "Keep-Alive",
         "Proxy-Connection",
         "Proxy-Authorization",
@@ -223,6 +226,96 @@ async def test_a_trusted_proxy_is_believed_and_extended():
         assert heard.one("X-Forwarded-Host") == "shop.example"
         assert heard.one("X-Real-Ip") == "1.1.1.1"
         assert heard.one("Forwarded") == "for=203.0.113.9;proto=https, for=127.0.0.1"
+        assert house.door.calls[0].client_address == "203.0.113.9"
+
+
+TRUSTED = TrustedProxies(("127.0.0.0/8", "10.0.0.0/8", "2001:db8:1::/48"))
+
+
+@pytest.mark.parametrize(
+    ("said", "client"),
+    [
+        ("for=203.0.113.9", "203.0.113.9"),
+        ("For=203.0.113.9;Proto=https;by=10.0.0.1", "203.0.113.9"),
+        ('for="203.0.113.9:4711"', "203.0.113.9"),
+        ("for=203.0.113.9:4711", "203.0.113.9"),
+        ('for="[2001:db8::17]:4711"', "2001:db8::17"),
+        ('for="[2001:db8::17]"', "2001:db8::17"),
+        ('for="[2001:DB8:0::17]:_port"', "2001:db8::17"),
+        ("for=[2001:db8::17]", "2001:db8::17"),
+        ("for=2001:db8::17", "2001:db8::17"),
+        ('for="[::ffff:203.0.113.9]"', "203.0.113.9"),
+        # several of ours stand between: each believed for the one before it, nobody further
+        ("for=6.6.6.6, for=203.0.113.9, for=10.1.2.3", "203.0.113.9"),
+        ('for=6.6.6.6,for=203.0.113.9 , for="[2001:db8:1::5]:80";proto=http', "203.0.113.9"),
+        ("for=10.9.9.9, for=10.1.2.3", "10.9.9.9"),
+        # what is hidden hides everything before it
+        ("for=6.6.6.6, for=_hidden, for=10.1.2.3", "10.1.2.3"),
+        ("for=6.6.6.6, for=unknown", "127.0.0.1"),
+        ('for=6.6.6.6, for="_gazonk:80"', "127.0.0.1"),
+        ("for=6.6.6.6, proto=https", "127.0.0.1"),
+        # so does what is malformed
+        ("for=6.6.6.6, for=300.1.1.1", "127.0.0.1"),
+        ("for=6.6.6.6, for=1.2.3.4.5, for=10.1.2.3", "10.1.2.3"),
+        ("for=6.6.6.6, for=7.7.7.7;for=8.8.8.8", "127.0.0.1"),
+        ("for=6.6.6.6, 7.7.7.7", "127.0.0.1"),
+        ('for=6.6.6.6, for="[2001:db8::17]x"', "127.0.0.1"),
+        ('for=6.6.6.6, for="[fe80::1%25eth0]"', "127.0.0.1"),
+        # a client's open quotation mark does not swallow what the proxy added
+        ('for="6.6.6.6, for=203.0.113.9', "203.0.113.9"),
+        ('for=6.6.6.6;host="a, for=203.0.113.9', "203.0.113.9"),
+        ("", "127.0.0.1"),
+        (",,,", "127.0.0.1"),
+        ("for=6.6.6.6, " * 1000 + "for=203.0.113.9, " + "for=10.1.2.3, " * 20, "203.0.113.9"),
+        ("for=203.0.113.9, " + ", ".join(["for=10.1.2.3"] * 1000), "10.1.2.3"),
+    ],
+)
+def test_a_trusted_proxys_forwarded_header_names_the_client(said: str, client: str):
+    assert TRUSTED.client_of("127.0.0.1", [(b"forwarded", said.encode())]) == client
+
+
+@pytest.mark.parametrize(
+    ("said", "client"),
+    [
+        ("203.0.113.9:80, 10.1.1.1", "203.0.113.9"),
+        ("[2001:db8::17]:80", "2001:db8::17"),
+        ("2001:db8::17", "2001:db8::17"),
+        ("::ffff:203.0.113.9", "203.0.113.9"),
+        ("6.6.6.6, unknown", "127.0.0.1"),
+        ("6.6.6.6, 1.2.3.4:http", "127.0.0.1"),
+    ],
+)
+def test_x_forwarded_for_is_read_in_the_same_way_and_comes_first(said: str, client: str):
+    both = [(b"forwarded", b"for=5.5.5.5"), (b"x-forwarded-for", said.encode())]
+    assert TRUSTED.client_of("127.0.0.1", both) == client
+
+
+async def test_what_a_trusted_proxy_says_in_forwarded_is_told_in_both_languages():
+    async with open_house(trusted_proxies=("127.0.0.0/8", "10.0.0.0/8")) as house:
+        await house.get(
+            Forwarded='for="[2001:db8::17]:80";proto=https;host=shop.example, for=10.1.2.3;proto=http;host=inner'
+        )
+
+        heard = house.upstream.heard[0]
+        assert heard.one("X-Forwarded-For") == "2001:db8::17, 10.1.2.3, 127.0.0.1"
+        assert heard.one("X-Forwarded-Proto") == "https"
+        assert heard.one("X-Forwarded-Host") == "shop.example"
+        assert heard.one("Forwarded") == (
+            'for="[2001:db8::17]:80";proto=https;host=shop.example, for=10.1.2.3;proto=http;host=inner, for=127.0.0.1'
+        )
+        assert house.door.calls[0].client_address == "2001:db8::17"
+
+
+async def test_a_strangers_word_ahead_of_the_proxys_is_not_taken_for_the_proxys():
+    async with open_house(trusted_proxies=("127.0.0.0/8",)) as house:
+        await house.get(
+            Forwarded="for=6.6.6.6;proto=https;host=evil, for=203.0.113.9;proto=http;host=shop.example"
+        )
+
+        heard = house.upstream.heard[0]
+        assert heard.one("X-Forwarded-Proto") == "http"
+        assert heard.one("X-Forwarded-Host") == "shop.example"
+        assert heard.one("X-Forwarded-For") == "203.0.113.9, 127.0.0.1"
         assert house.door.calls[0].client_address == "203.0.113.9"
 
 

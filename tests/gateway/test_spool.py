@@ -44,7 +44,16 @@ records: st.SearchStrategy[Record] = st.one_of(
         st.binary(max_size=80),
         st.booleans(),
     ),
-    st.builds(DoneRecord, u64, st.integers(0, 999), u64, u64, st.booleans()),
+    st.builds(
+        DoneRecord,
+        u64,
+        st.integers(0, 999),
+        u64,
+        u64,
+        st.booleans(),
+        st.lists(st.tuples(u64, st.integers(-(2**63), 2**63 - 1)), max_size=3).map(tuple),
+        st.none() | st.integers(-1_000_000, 1_000_000),
+    ),
     st.builds(
         LeasesRecord, st.lists(st.tuples(u64, st.integers(-(2**63), 2**63 - 1)), max_size=5).map(tuple)
     ),
@@ -61,6 +70,7 @@ riders = st.builds(
     texts,
     texts,
     texts,
+    st.booleans(),
     st.booleans(),
 )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from farebox.app.ports.spool import Rider
+from farebox.app.ports.spool import Rider, SpoolFull
 from farebox.base.errors import InvariantError, Unavailable
 from farebox.gateway.shipper import Shipper
 from farebox.gateway.spool import Spool, file_name, lock_path
@@ -209,6 +209,191 @@ async def test_what_a_dead_process_did_not_spend_of_its_leases_comes_back(
     assert len(await billed(database)) == 31
 
 
+async def a_slice(
+    database: Database, kind: str, units: int, grant: str = "grn_k", process_id: str = "gw_x"
+) -> int:
+    """A lease of so many units of a counter ``kind`` that holds 1,000."""
+    async with database.transaction() as tx:
+        await tx.execute(
+            "INSERT INTO admission_grant (id, subject_kind, subject_id) VALUES (%s, 'pass', %s) ON CONFLICT DO NOTHING",
+            (grant, grant),
+        )
+        await tx.execute(
+            "INSERT INTO limit_counter (id, grant_id, kind, capacity) VALUES (%s, %s, %s, 1000)",
+            (f"{grant}:{kind}", grant, kind),
+        )
+        taken = await limits.take(tx, f"{grant}:{kind}", process_id, wanted=1, needed=units, used=0, ttl_s=60)
+        assert isinstance(taken, limits.Slice)
+        return taken.lease_id
+
+
+async def spent(database: Database) -> dict[str, int]:
+    return {
+        row[0].partition(":")[2]: int(row[1])
+        for row in await rows(database, "SELECT id, spent FROM limit_counter")
+    }
+
+
+METERED = Rider("pass", "forecast", "api_calls", grant_id="grn_k", pass_id="pas_k", metered=True)
+
+
+async def test_credits_of_a_dead_process_are_known_to_the_unit(database: Database, tmp_path: Path) -> None:
+    spool = await a_spool(database, tmp_path)
+    lease, stub = await a_slice(database, "credits", 100), spool.stub(METERED)
+    spool.done(spool.admitted("req_one", stub, (lease,)), 200, 0, 0, True)
+    spool.done(spool.admitted("req_five", stub, (lease,)), 200, 0, 0, True, [(lease, 6)], 5)
+    spool.done(spool.admitted("req_gain", stub, (lease,)), 200, 0, 0, True, [(lease, 3)], -3)
+    spool.done(spool.admitted("req_failed", stub, (lease,)), 0, 0, 0, False)
+    spool.admitted("req_orphan", stub, (lease,))
+    spool.close()
+
+    await Shipper(database, tmp_path).ship()
+
+    assert await spent(database) == {"credits": 4}
+    assert await rows(
+        database, "SELECT properties->'credits' FROM usage_event WHERE properties ? 'credits' ORDER BY 1"
+    ) == [(-3,), (5,)]
+
+
+async def test_credits_that_were_overdrawn_are_owed_after_the_death_too(
+    database: Database, tmp_path: Path
+) -> None:
+    spool = await a_spool(database, tmp_path)
+    lease, stub = await a_slice(database, "credits", 1000), spool.stub(METERED)
+    spool.done(spool.admitted("req_much", stub, (lease,)), 200, 0, 0, True, [(lease, 1007)], 1007)
+    spool.close()
+
+    await Shipper(database, tmp_path).ship()
+
+    assert await spent(database) == {"credits": 1007}
+
+
+async def test_bytes_of_a_dead_process_are_known_when_no_transfer_was_under_way(
+    database: Database, tmp_path: Path
+) -> None:
+    spool = await a_spool(database, tmp_path)
+    lease, stub = await a_slice(database, "download_bytes", 500), spool.stub(METERED)
+    one, two = spool.admitted("req_1", stub, ()), spool.admitted("req_2", stub, ())
+    spool.done(one, 200, 0, 120, True, [(lease, 150)])
+    spool.done(two, 0, 0, 60, False, [(lease, 180)])  # what passed has passed, whatever became of the call
+    spool.admitted("req_other", spool.stub(RIDER), ())
+    spool.close()
+
+    await Shipper(database, tmp_path).ship()
+
+    assert await spent(database) == {"download_bytes": 180}
+
+
+async def test_a_transfer_cut_by_the_death_of_its_process_may_have_passed_all_that_was_leased(
+    database: Database, tmp_path: Path
+) -> None:
+    spool = await a_spool(database, tmp_path)
+    await a_slice(database, "download_bytes", 500)
+    other = await a_slice(database, "upload_bytes", 500, grant="grn_other")
+    spool.admitted("req_1", spool.stub(METERED), ())
+    spool.done(
+        spool.admitted("req_2", spool.stub(Rider("pass", "r", grant_id="grn_other", metered=True)), ()),
+        200, 10, 0, True, [(other, 10)],
+    )  # fmt: skip
+    spool.close()
+
+    await Shipper(database, tmp_path).ship()
+
+    assert await spent(database) == {"download_bytes": 500, "upload_bytes": 10}
+
+
+@pytest.mark.parametrize("kind", ["concurrency", "upload_rate", "download_rate"])
+@pytest.mark.parametrize("whole", [True, False])
+async def test_slots_and_shares_of_a_dead_process_are_free_at_once(
+    database: Database, tmp_path: Path, kind: str, whole: bool
+) -> None:
+    spool = await a_spool(database, tmp_path)
+    lease = await a_slice(database, kind, 30)
+    spool.admitted("req_1", spool.stub(METERED), (lease,))
+    spool.close()
+    if not whole:
+        next(tmp_path.glob("*.spool")).unlink()
+
+    await Shipper(database, tmp_path).ship()
+
+    assert await spent(database) == {kind: 0}
+
+
+@pytest.mark.parametrize("kind", ["calls", "quota", "credits", "requests", "upload_bytes", "download_bytes"])
+async def test_where_the_spool_was_deleted_all_that_was_leased_counts_as_spent(
+    database: Database, tmp_path: Path, kind: str
+) -> None:
+    spool = await a_spool(database, tmp_path)
+    lease = await a_slice(database, kind, 30)
+    serve(spool, "req_1", leases=(lease,))
+    spool.close()
+    next(tmp_path.glob("*.spool")).unlink()
+
+    shipper = Shipper(database, tmp_path)
+    await shipper.ship()
+
+    assert await spent(database) == {kind: 30}
+    assert shipper.counts.damaged_files == 1
+    assert [p.name for p in tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["the same shipper", "another shipper"])
+async def test_a_file_that_was_deleted_while_its_process_lived_is_missed(
+    database: Database, tmp_path: Path, again: bool
+) -> None:
+    spool = await a_spool(database, tmp_path)
+    lease = await a_slice(database, "calls", 30)
+    serve(spool, "req_1", leases=(lease,), rider=METERED)
+    shipper = Shipper(database, tmp_path)
+    await shipper.ship()
+    next(tmp_path.glob("*.spool")).unlink()
+    serve(spool, "req_2", leases=(lease,), rider=METERED)
+    spool.close()
+
+    await (shipper if again else Shipper(database, tmp_path)).ship()
+
+    assert await spent(database) == {"calls": 30}
+
+
+async def test_limited_bytes_and_credits_are_written_down_even_where_detail_is_dropped(
+    database: Database, tmp_path: Path
+) -> None:
+    spool = await a_spool(database, tmp_path, on_full="drop_detail")
+    lease = await a_slice(database, "download_bytes", 500)
+    spool.counting = True
+    spool.done(spool.admitted("req_1", spool.stub(METERED), ()), 200, 0, 77, True, [(lease, 77)])
+    spool.close()
+
+    await Shipper(database, tmp_path).ship()
+
+    assert await spent(database) == {"download_bytes": 77}
+    assert await billed(database) == ["req_1"]
+
+
+@pytest.mark.parametrize(("on_full", "times"), [("refuse", 1), ("drop_detail", 2)])
+async def test_a_full_spool_takes_no_more_of_these_calls_and_still_ends_those_it_has(
+    database: Database, tmp_path: Path, on_full: str, times: int
+) -> None:
+    spool = await a_spool(database, tmp_path, on_full=on_full, bytes_max=20_000)
+    lease, stub = await a_slice(database, "download_bytes", 500), spool.stub(METERED)
+    open_calls: list[int] = []
+    while not spool.full:
+        open_calls.append(spool.admitted(f"req_{len(open_calls)}", stub, ()))
+        spool.look_at_disk()
+    with pytest.raises(SpoolFull):
+        spool.admitted("req_more", stub, ())
+    for number in open_calls:
+        spool.done(number, 200, 0, 1, True, [(lease, number)], 3)
+    spool.close()
+
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.spool"))
+    assert 20_000 * times <= size <= 20_000 * times * 2
+    shipper = Shipper(database, tmp_path)
+    await shipper.ship()
+    assert shipper.counts.orphans_billed == 0
+    assert await spent(database) == {"download_bytes": len(open_calls)}
+
+
 async def test_a_process_that_lives_keeps_its_leases(database: Database, tmp_path: Path) -> None:
     spool = await a_spool(database, tmp_path)
     lease = await a_lease(database, "gw_x", 100)
@@ -277,7 +462,7 @@ async def test_a_file_of_another_version_is_not_thrown_away(database: Database, 
     spool = await a_spool(database, tmp_path)
     spool.close()
     other = tmp_path / file_name("gw_x", 2)
-    other.write_bytes(b"FBXSPL2\n" + bytes(100))
+    other.write_bytes(b"FBXSPL9\n" + bytes(100))
 
     with pytest.raises(InvariantError):
         await Shipper(database, tmp_path).ship()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from farebox.base.errors import Unavailable
 from farebox.store.changes import Listener, announce
 from farebox.store.pool import Database
+from tests.wire import a_wire
 
 
 class Ear:
@@ -18,7 +21,15 @@ class Ear:
     def __init__(self, url: str) -> None:
         self.heard: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
         self.connects: asyncio.Queue[None] = asyncio.Queue()
-        self.listener = Listener(url, self._changed, self._connected)
+        self.losses: asyncio.Queue[None] = asyncio.Queue()
+        self.confirmed: asyncio.Queue[float] = asyncio.Queue()
+        self.listener = Listener(
+            url,
+            self._changed,
+            self._connected,
+            on_lost=lambda: self.losses.put_nowait(None),
+            on_confirmed=self.confirmed.put_nowait,
+        )
 
     def _changed(self, kind: str, changed: str) -> None:
         self.heard.put_nowait((kind, changed))
@@ -88,3 +99,55 @@ async def test_a_listener_without_a_database_says_so_and_leaves_nothing_running(
         await ear.listener.start(timeout_s=0.1)
 
     assert not ear.listener.connected
+
+
+async def test_a_connection_that_falls_silent_is_given_up_and_opened_again(
+    database: Database, database_url: str
+) -> None:
+    """A firewall that forgets a connection tells nobody: no reset ever comes."""
+    async with a_wire(database_url) as wire:
+        ear = Ear(wire.url)
+        await ear.listener.start()
+        await asyncio.wait_for(ear.connects.get(), 30)
+
+        wire.hush()
+        async with database.connection() as tx:
+            await announce(tx, "key", "ck_missed")
+        await asyncio.wait_for(ear.losses.get(), 30)
+        await asyncio.wait_for(ear.connects.get(), 30)
+        async with database.connection() as tx:
+            await announce(tx, "key", "ck_heard")
+
+        assert await ear.next() == ("key", "ck_heard")
+        await ear.listener.close()
+
+
+async def test_what_was_committed_before_a_moment_is_heard_before_that_moment_is_confirmed(
+    database: Database, ear: Ear
+) -> None:
+    for number in range(50):
+        async with database.connection() as tx:
+            await announce(tx, "grant", str(number))
+        committed_at = time.monotonic()
+        if number % 25 == 0:
+            while await asyncio.wait_for(ear.confirmed.get(), 30) < committed_at:
+                pass
+            assert ear.heard.qsize() == number + 1
+
+
+async def test_a_session_that_is_not_the_one_that_listens_is_found_out(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As behind a transaction pooler: LISTEN is answered, and nobody listens."""
+
+    def swallow(sent: bytes) -> bytes:
+        return sent.replace(b"LISTEN farebox_change", b"SELECT 'nobody hears'")
+
+    async with a_wire(database_url, swallow) as wire:
+        ear = Ear(wire.url)
+        with caplog.at_level(logging.ERROR):
+            await ear.listener.start()
+            await asyncio.wait_for(ear.losses.get(), 30)
+        await ear.listener.close()
+
+    assert "FAREBOX_DATABASE_DIRECT_URL" in caplog.text

@@ -13,6 +13,7 @@ from farebox.base.errors import Unavailable
 from farebox.embedded import EmbeddedPostgres
 from farebox.store.pool import Database
 from tests.database import SETTINGS, fresh_directory
+from tests.wire import a_wire
 
 
 async def customers(database: Database) -> int:
@@ -209,3 +210,30 @@ async def test_a_database_can_be_closed_during_an_outage(own_server: EmbeddedPos
 
     async with asyncio.timeout(30):
         await database.close()
+
+
+async def test_a_server_that_does_not_answer_in_time_is_hung_up_on(database: Database) -> None:
+    with pytest.raises(Unavailable):
+        async with database.connection(within_s=0.5) as tx:
+            await tx.execute("SELECT pg_sleep(600)")
+
+    await database.ping()
+
+
+async def test_a_connection_that_fell_silent_costs_one_question_and_the_rest_are_not_trusted(
+    database_url: str,
+) -> None:
+    async with (
+        a_wire(database_url) as wire,
+        await Database.open(wire.url, size_min=3, name="test") as database,
+    ):
+        await database.ping()
+        wire.hush()
+        with pytest.raises(Unavailable):
+            async with database.connection(within_s=0.5) as tx:
+                await tx.execute("SELECT 1")
+
+        database.distrust()
+
+        async with database.connection(within_s=30) as tx:
+            await tx.execute("SELECT 1")

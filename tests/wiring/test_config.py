@@ -56,6 +56,25 @@ def test_every_fault_is_named_at_once():
     assert "hunter2" not in str(found)
 
 
+def test_a_forward_auth_listener_needs_a_secret_that_fits_into_every_edges_configuration():
+    off = Config.parse({}).authorize
+    on = Config.parse({"FAREBOX_AUTHORIZE_PORT": "0", "FAREBOX_EDGE_SECRET": MASTER}).authorize
+
+    assert (off.port, off.secret) == (None, None)
+    assert (on.host, on.port) == ("127.0.0.1", 0)
+    assert str(on.secret) == "***"
+    assert "openssl rand" in faults_of({"FAREBOX_AUTHORIZE_PORT": "8404"})["FAREBOX_EDGE_SECRET"]
+    for secret in (
+        "short",
+        MASTER + '"; return 200',
+        MASTER + "$x",
+        MASTER + "%x",
+        MASTER + " x",
+        MASTER + "é",
+    ):
+        assert "letters, digits" in faults_of({"FAREBOX_EDGE_SECRET": secret})["FAREBOX_EDGE_SECRET"]
+
+
 @pytest.mark.parametrize("value", ["", "1e3", "0x10", "１", " 5", "5 ", "NaN", "1" * 400])
 def test_whole_numbers_are_plain_digits(value: str):
     if value == "":

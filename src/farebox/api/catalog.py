@@ -10,9 +10,11 @@ from farebox.api.front import Caller
 from farebox.api.resource import Admin, Answer, Reader, router
 from farebox.app.catalog import Applied, CatalogFile
 from farebox.app.documents.gateway import gateway_sections
+from farebox.app.documents.routing import conditions_document
 from farebox.app.documents.surroundings import Surroundings
 from farebox.base.errors import refuse
 from farebox.domain.access import ExactFare, GatewayCatalog, PassOffer, Route
+from farebox.domain.limits import limits_document
 
 
 class ChangeAnswer(Answer):
@@ -64,7 +66,7 @@ class PassOfferAnswer(Answer):
     name: str
     price: PriceAnswer
     duration_s: int
-    limits: dict[str, int]
+    limits: dict[str, Any]
 
 
 class AccountFareAnswer(Answer):
@@ -73,12 +75,19 @@ class AccountFareAnswer(Answer):
     required_feature: str | None
 
 
+class FreeFareAnswer(Answer):
+    """Calls that cost nothing; no methods: all of them."""
+
+    methods: list[str]
+
+
 class FaresAnswer(Answer):
     """How a route is paid for."""
 
     exact: ExactFareAnswer | None
     passes: list[PassOfferAnswer]
     account: AccountFareAnswer | None
+    free: FreeFareAnswer | None
 
 
 class RouteAnswer(Answer):
@@ -127,9 +136,12 @@ def _exact(fare: ExactFare | None) -> ExactFareAnswer | None:
 
 def _offer(offer: PassOffer) -> PassOfferAnswer:
     price = PriceAnswer(amount=offer.price.units, currency=offer.price.asset.code)
-    limits = {} if offer.calls is None else {"calls": offer.calls}
     return PassOfferAnswer(
-        id=offer.id, name=offer.name, price=price, duration_s=offer.duration_s, limits=limits
+        id=offer.id,
+        name=offer.name,
+        price=price,
+        duration_s=offer.duration_s,
+        limits=limits_document(offer.limits),
     )
 
 
@@ -143,13 +155,17 @@ def route_answer(route: Route) -> RouteAnswer:
             "path": m.path,
             "methods": list(m.methods),
             "hosts": list(m.hosts),
-            "headers": dict(m.headers),
+            "headers": conditions_document(m.headers),
+            "query": conditions_document(m.query),
         },
         upstream=route.upstream,
         metric=route.metric,
         charge_on=route.charge_on,
         fares=FaresAnswer(
-            exact=_exact(route.exact), passes=[_offer(o) for o in route.passes], account=account
+            exact=_exact(route.exact),
+            passes=[_offer(o) for o in route.passes],
+            account=account,
+            free=FreeFareAnswer(methods=list(route.free.methods)) if route.free else None,
         ),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter
 from pydantic import Field
@@ -26,12 +26,12 @@ from farebox.app.documents.fares import PassLimitsDocument
 from farebox.app.documents.scalars import DurationS, ShortText
 from farebox.app.pages import decode_cursor, page_of, rows_wanted
 from farebox.app.passes import Passes
-from farebox.domain.limits import PassLimits
-from farebox.domain.passes import Pass, limits_document
+from farebox.domain.limits import limits_document
+from farebox.domain.passes import Pass
 
 
 class NewPass(Body):
-    """A pass given by the operator. No `calls`: bounded by time alone."""
+    """A pass given by the operator. No `limits`: bounded by time alone."""
 
     route: Annotated[str, Field(min_length=1, max_length=200)]
     limits: PassLimitsDocument = PassLimitsDocument()
@@ -49,7 +49,7 @@ class PassAnswer(Answer):
     name: str
     holder: str | None
     status: str
-    limits: dict[str, int]
+    limits: dict[str, Any]
     starts_at: str
     expires_at: str
     purchase_id: str | None
@@ -57,7 +57,7 @@ class PassAnswer(Answer):
 
 
 class SpentPassAnswer(PassAnswer):
-    """A pass and what was spent of it; what gateways hold at the moment counts as spent."""
+    """A pass and what was spent of each of its limits, as the gateways said last (once a second)."""
 
     spent: dict[str, int]
 
@@ -93,7 +93,7 @@ def passes(passes: Passes) -> APIRouter:
         """A pass for nothing, with its token."""
         granted, token = await passes.grant(
             body.route,
-            PassLimits(body.limits.calls),
+            body.limits.value(),
             body.duration,
             body.holder,
             caller.actor,
@@ -113,7 +113,9 @@ def passes(passes: Passes) -> APIRouter:
     @api.get("/passes/{pass_id}")
     async def get_pass(caller: Reader, pass_id: str) -> SpentPassAnswer:
         held, spent = await passes.get(pass_id)
-        return SpentPassAnswer(**pass_answer(held).model_dump(), spent={"calls": spent})
+        return SpentPassAnswer(
+            **pass_answer(held).model_dump(), spent={str(kind): units for kind, units in spent.items()}
+        )
 
     @api.post("/passes/{pass_id}/revoke")
     async def revoke_pass(caller: Writer, pass_id: str, body: NoBody | None = None) -> PassAnswer:

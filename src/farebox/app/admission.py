@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from farebox.base.errors import Reason
 from farebox.domain.access import FareKind, Route
 
 Headers = list[tuple[bytes, bytes]]
+
+#: What may stand in ``Admitted.answer_lines``, in lower case: an upstream's own lines of these names give way.
+LIMIT_NAMES: Final = frozenset(
+    {b"ratelimit-limit", b"ratelimit-remaining", b"ratelimit-reset", b"farebox-pass-remaining"}
+)
 
 
 @dataclass(slots=True)
@@ -68,12 +73,14 @@ class Standing:
     """On what an admitted call stands for as long as it lasts; one object a grant and route, shared by its calls.
 
     The gateway cuts a call whose ``expires_s`` (seconds since the epoch, business date) has passed, and one whose
-    ``subject_id`` (customer or pass) or ``key_id`` was revoked.
+    ``subject_id`` (customer or pass) or ``key_id`` was revoked. ``holds_slot``: something is held until the call ends, so
+    that nobody can serve it who does not see its end (forward-auth).
     """
 
     subject_id: str
     expires_s: float
     key_id: str = ""
+    holds_slot: bool = False
 
 
 @dataclass(slots=True)
@@ -99,6 +106,20 @@ class Admitted:
     abandoned: bool = False
     standing: Standing | None = None  # None: nothing that could end before the call does
     meter: Meter | None = None  # None: no limit of bytes or credits
+    # Header lines ready to be sent as they are (CRLF between them, none at the end), for what is the same in call after
+    # call: towards the upstream only Farebox-* and names that the route sets, towards the client only LIMIT_NAMES.
+    forward_lines: bytes = b""
+    answer_lines: bytes = b""
+    # called at most once, before ``finish``: the upstream broke off an answer that was settled and released
+    broken: Callable[[], None] | None = None
+
+    def told_upstream(self) -> Headers:
+        """All that is added towards the upstream, as headers."""
+        return _headers_of(self.forward_lines) + self.forward_headers
+
+    def told_client(self) -> Headers:
+        """All that is added towards the client, as headers."""
+        return _headers_of(self.answer_lines) + self.answer_headers
 
 
 @dataclass(slots=True)
@@ -128,3 +149,11 @@ class Door(Protocol):
     def needs_body(self, call: Call) -> bool: ...
 
     def admit(self, call: Call) -> Decision | Awaitable[Decision]: ...
+
+
+def _headers_of(lines: bytes) -> Headers:
+    read: Headers = []
+    for line in lines.split(b"\r\n") if lines else ():
+        name, _, value = line.partition(b": ")
+        read.append((name, value))
+    return read

@@ -69,6 +69,23 @@ class Budget:
         return Refusal(reason, rate_limit_headers(self.per_minute, 0, debt_s), retry_after_s=wait_s)
 
 
+class _LookedAt(Budget):
+    """Another budget, seen and never spent."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.per_minute = budget.per_minute
+        self._budget = budget
+
+    def spend(self, address: str) -> Refusal | None:
+        return self._budget.empty(address)
+
+    def empty(self, address: str) -> Refusal | None:
+        return self._budget.empty(address)
+
+    def headers(self, address: str) -> Headers:
+        return self._budget.headers(address)
+
+
 def rate_limit_headers(limit: int, remaining: int, reset_s: float) -> Headers:
     """``RateLimit-Limit``, ``-Remaining`` and ``-Reset`` (seconds)."""
     return [
@@ -93,6 +110,11 @@ class Budgets:
             Budget(bad_credentials, "bad credentials or payments"),
             Budget(quotes, "quotes and purchases"),
         )
+
+    def looked_at(self) -> Budgets:
+        """The same budgets for who asks first and is refused by another: an edge hands what it refuses to the gateway,
+        which counts it. An empty budget refuses all the same."""
+        return Budgets(_LookedAt(self.unpaid), _LookedAt(self.bad_credentials), _LookedAt(self.quotes))
 
 
 class Pages(Protocol):

@@ -1,4 +1,9 @@
-"""Which credential a call carries. Read in the order of API.md §4: payment, pass token, API key; anything else is the upstream's."""
+"""Which credential a call carries. Read in the order of API.md §4: payment, pass token, API key; anything else is the upstream's.
+
+A pass token comes as ``Authorization: Bearer``, in the header ``apicharge`` or in the cookie of that name, the first of
+these counts. A foreign Bearer is the upstream's; a header or cookie of our name is ours whatever it holds: it is read or
+refused, and never passed on.
+"""
 
 from __future__ import annotations
 
@@ -23,46 +28,83 @@ _TOKEN_HEAD_BYTES_MAX: Final = 512
 TOKEN_BYTES_MAX: Final = 4096
 
 
+#: The header, and the cookie, that a pass token may come in.
+PASS_NAME: Final = b"apicharge"
+
+
 class Kind(IntEnum):
     NONE = 0
     PAYMENT = 1
     PASS = 2
     KEY = 3
+    MALFORMED = 4  # a header or cookie for pass tokens that holds none, or more than one
 
 
-_PAYMENT, _BEARER, _KEY = 1, 2, 3
+_PAYMENT, _BEARER, _KEY, _PASS, _COOKIE = 1, 2, 3, 4, 5
 _NAMES: Final = {
     b"payment-signature": _PAYMENT,
     b"x-payment": _PAYMENT,
     b"authorization": _BEARER,
     b"x-api-key": _KEY,
+    PASS_NAME: _PASS,
+    b"cookie": _COOKIE,
 }
 
 
 def credential(headers: Headers) -> tuple[Kind, bytes]:
     """The credential that counts, and its value: the payment header, the token, or the key."""
-    token = key = None
+    token = key = rare = None
     named = _NAMES.get
     for name, value in headers:
         kind = named(name)
         if kind is None:
             continue
-        if kind == _PAYMENT:
-            return Kind.PAYMENT, value
-        if kind == _KEY:
+        if kind == _BEARER:
+            if value[:7].lower() == b"bearer ":
+                bearer = value[7:].strip()
+                if bearer.startswith(_ALL_OURS):
+                    key = key or bearer
+                elif token is None and _is_pass(bearer):
+                    token = bearer
+        elif kind == _KEY:
             if value.startswith(_ALL_OURS):
                 key = key or value
-        elif value[:7].lower() == b"bearer ":
-            bearer = value[7:].strip()
-            if bearer.startswith(_ALL_OURS):
-                key = key or bearer
-            elif token is None and _is_pass(bearer):
-                token = bearer
+        elif kind == _PAYMENT:
+            return Kind.PAYMENT, value
+        elif kind == _PASS or PASS_NAME in value:
+            rare = headers
     if token is not None:
         return Kind.PASS, token
+    if rare is not None:
+        found = _named(rare)
+        if found[0] != Kind.NONE:
+            return found
     if key is not None:
         return Kind.KEY, key
     return Kind.NONE, b""
+
+
+def _named(headers: Headers) -> tuple[Kind, bytes]:
+    """The one token in the header of our name; without it, in the cookie of our name."""
+    values = [value for name, value in headers if name == PASS_NAME]
+    if not values:
+        values = [held for name, value in headers if name == b"cookie" for held in parted_cookie(value)[1]]
+    if not values:
+        return Kind.NONE, b""
+    return (Kind.PASS, values[0]) if len(values) == 1 and _is_pass(values[0]) else (Kind.MALFORMED, b"")
+
+
+def parted_cookie(value: bytes) -> tuple[bytes, list[bytes]]:
+    """A Cookie value (RFC 6265 §4.2.1): what is the upstream's of it, and the values of the cookies of our name."""
+    theirs: list[bytes] = []
+    ours: list[bytes] = []
+    for part in value.split(b";"):
+        name, equals, held = part.strip(b" \t").partition(b"=")
+        if equals and name.rstrip(b" \t") == PASS_NAME:
+            ours.append(held)
+        else:
+            theirs.append(part)
+    return b";".join(theirs).strip(b" \t"), ours
 
 
 def is_ours(value: bytes) -> bool:

@@ -1,7 +1,7 @@
 """The front door: budget, credential, fare, limits, in that order, the same for every call (DESIGN §4).
 
 A call with a known key or pass and open leases is decided without waiting: one scan of the headers, two look-ups, one
-decrement a limit, one record in the spool. Everything else returns an awaitable.
+decrement a limit, one record in the spool. Everything else returns an awaitable. A free call is let in before all that.
 
 When a call is billed. The spool's *admitted* record is written before the call is forwarded, *done* before the answer's
 last bytes go out. ``finish`` is given the upstream's status, or 0 when there was no whole answer:
@@ -11,7 +11,9 @@ last bytes go out. ``finish`` is given the upstream's status, or 0 when there wa
 * ``charge_on: success``, and exact fares: billed when the status is below 400, and when the client hung up in the middle
   of an answer; an exact fare also when it was settled after the client had hung up.
 
-What is not billed does not count against a limit either: its units go back to the lease they came from.
+What is not billed does not count against a limit either: its units go back to the lease they came from. Bytes that passed
+stay spent, and a slot is free again however its call ended. What the upstream says a call costs in credits replaces the one
+credit it was admitted with, where the call is billed.
 """
 
 from __future__ import annotations
@@ -21,28 +23,36 @@ import hashlib
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Final, Protocol, TypedDict
-
-import structlog
+from typing import Final, Protocol
 
 from farebox.app.admission import Admitted, Call, Decision, Headers, Refusal
-from farebox.app.budgets import Budgets, rate_limit_headers
+from farebox.app.budgets import Budgets
 from farebox.app.credentials import Kind, credential, is_admin_key, is_customer_key
-from farebox.app.grants import GrantCache, Known
+from farebox.app.flows import CallMeter
+from farebox.app.grants import GrantCache, Known, Name
 from farebox.app.leases import Holding, Leases, NotTaken
 from farebox.app.pass_tokens import PassClaims
 from farebox.app.ports.spool import CallSpool, Rider, SpoolFull
+from farebox.app.refusals import (
+    ADMIN_KEY_HERE,
+    KEY_UNKNOWN,
+    PASS_UNKNOWN,
+    TOKEN_MALFORMED,
+    no_subscription,
+    not_sold_by_the_call,
+    pass_over,
+    spool_full,
+    unavailable,
+    used_up,
+    without_credential,
+)
+from farebox.app.terms import Terms, TermsMaker, told
 from farebox.base.errors import Reason, Refused, Unavailable
-from farebox.domain.access import AdmissionGrant, FareKind, Route
 
 #: Refusals of a payment that cost us work and brought nothing.
 _BAD_PAYMENTS: Final = frozenset(
     {"payment_invalid", "payment_malformed", "payment_used", "settlement_failed"}
 )
-
-log = structlog.get_logger(__name__)
 
 
 class ExactDoor(Protocol):
@@ -63,24 +73,6 @@ class TokenReader(Protocol):
 
 #: Derives a customer's grant anew (app/entitlements.py): its period has ended.
 RefreshAccount = Callable[[str], Awaitable[object]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Terms:
-    """What follows from a grant for one route, worked out once. ``refused`` None: may pass, within ``holdings``."""
-
-    route: Route
-    fare: FareKind
-    refused: Reason | None
-    holdings: tuple[Holding, ...] = ()
-    stub: bytes = b""
-    headers: tuple[tuple[bytes, bytes], ...] = ()
-    headers_per_call: tuple[tuple[bytes, str], ...] = ()  # name, template with {request_id}
-    expires_s: float = math.inf
-
-    @property
-    def always(self) -> bool:
-        return self.route.charge_on == "always"
 
 
 class FrontDoor:
@@ -107,81 +99,101 @@ class FrontDoor:
         self._refresh_account = refresh_account
         self._business_now_s = business_now_s
         self._refreshing: dict[str, asyncio.Task[None]] = {}
+        self._terms = TermsMaker(leases, spool)
+        self._free: dict[str, Terms] = {}
 
     def needs_body(self, call: Call) -> bool:
         """Only a payment is bound to the body; a key or a pass streams."""
-        if call.route.exact is None:
+        if call.route.exact is None or _is_free(call):
             return False
         kind, _ = credential(call.headers)
         return kind is Kind.PAYMENT and self._exact.needs_body(call)
 
     def admit(self, call: Call) -> Decision | Awaitable[Decision]:
+        if call.route.free is not None and _is_free(call):
+            return self._for_free(call)
         kind, value = credential(call.headers)
         if kind is Kind.KEY:
             if not is_customer_key(value):
-                return self._bad(call, _admin_key_here if is_admin_key(value) else _key_unknown)
+                return self._bad(call, ADMIN_KEY_HERE if is_admin_key(value) else KEY_UNKNOWN)
             name = hashlib.sha256(value).digest()
             known = self._grants.fresh(name)
             if known is None:
                 # A key that was good before is no guess: whoever guesses beside its holder does not lock it out.
                 guessed = not self._grants.remembers(name)
                 empty = self._budgets.bad_credentials.empty(call.client_address) if guessed else None
-                return empty or self._find_key(call, name)
-            return self._by_account(call, known)
+                return empty or self._find(call, name)
+            return self._with(call, known)
         if kind is Kind.PASS:
-            return self._by_pass(call, value)
+            claims = self._tokens.verify(value.decode("ascii"))
+            if isinstance(claims, Reason):
+                return self._bad(call, claims)
+            known = self._grants.fresh(claims.pass_id)
+            return self._find(call, claims.pass_id) if known is None else self._with(call, known)
         if kind is Kind.PAYMENT:
             if call.route.exact is None:
-                return Refusal(_not_sold(call.route))
+                return Refusal(not_sold_by_the_call(call.route))
             return self._budgets.bad_credentials.empty(call.client_address) or self._by_payment(call, value)
+        if kind is Kind.MALFORMED:
+            return self._bad(call, TOKEN_MALFORMED)
         if call.route.exact is not None:
             return self._budgets.unpaid.spend(call.client_address) or self._exact.payment_required(call)
-        return Refusal(
-            _nothing_sold(call.route) if not _sells(call.route) else _credential_missing(call.route)
-        )
+        return Refusal(without_credential(call.route))
 
     def catalog_changed(self) -> None:
         """Routes are new objects: what was worked out for the old ones is dropped."""
         self._grants.forget_prepared()
+        self._free.clear()
 
-    # ── account ──────────────────────────────────────────────────────────────────────────────────────────────────
+    def _for_free(self, call: Call) -> Admitted:
+        """No grant, no limit, no record: nothing will ever be owed for it."""
+        terms = self._free.get(call.route.id)
+        if terms is None or terms.route is not call.route:
+            terms = self._free[call.route.id] = self._terms.free(call.route)
+        return Admitted("free", [], [], _nothing_owed, forward_lines=terms.told.lines(call.request_id))
 
-    def _by_account(self, call: Call, known: Known) -> Decision | Awaitable[Decision]:
+    # ── account and pass ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def _with(self, call: Call, known: Known) -> Decision | Awaitable[Decision]:
         terms = known.prepared.get(call.route.id)
         if terms is None or terms.route is not call.route:
-            terms = known.prepared[call.route.id] = self._account_terms(known, call.route)
+            terms = known.prepared[call.route.id] = self._terms.of(known, call.route)
         if terms.expires_s <= self._business_now_s():
-            return self._after_renewal(call, known)
+            return self._ended_terms(call, known)
         if terms.refused is not None:
             return Refusal(terms.refused)
         return self._ride(call, terms)
 
-    async def _find_key(self, call: Call, name: bytes) -> Decision:
+    async def _find(self, call: Call, name: Name) -> Decision:
         try:
             known = await self._grants.find(name)
         except Unavailable as error:
-            return _unavailable(error)
+            return unavailable(error)
         if known is None:
-            return self._bad(call, _key_unknown)
-        return await _settled(self._by_account(call, known))
+            return self._bad(call, KEY_UNKNOWN if isinstance(name, bytes) else PASS_UNKNOWN)
+        return await _settled(self._with(call, known))
 
-    async def _after_renewal(self, call: Call, known: Known) -> Decision:
+    def _ended_terms(self, call: Call, known: Known) -> Decision | Awaitable[Decision]:
+        if known.customer_id is None:
+            return Refusal(pass_over(call.route))
+        return self._after_renewal(call, known, known.customer_id)
+
+    async def _after_renewal(self, call: Call, known: Known, customer_id: str) -> Decision:
         """The period of the account's limits has ended: its grant is derived anew, then read and used."""
-        assert known.customer_id is not None
         try:
-            await self._renewed(known.customer_id)
+            await self._renewed(customer_id)
             renewed = await self._grants.read(known.name)
         except Unavailable as error:
-            return _unavailable(error)
+            return unavailable(error)
         except Refused:  # the customer is gone
-            return Refusal(_no_subscription(call.route))
+            return Refusal(no_subscription(call.route))
         if renewed is None:
-            return self._bad(call, _key_unknown)
-        terms = self._account_terms(renewed, call.route)
+            return self._bad(call, KEY_UNKNOWN)
+        terms = self._terms.of(renewed, call.route)
         if terms.refused is not None:
             return Refusal(terms.refused)
         if terms.expires_s <= self._business_now_s():
-            return Refusal(_no_subscription(call.route))
+            return Refusal(no_subscription(call.route))
         return await _settled(self._ride(call, terms))
 
     async def _renewed(self, customer_id: str) -> None:
@@ -195,101 +207,13 @@ class FrontDoor:
     async def _refresh(self, customer_id: str) -> None:
         await self._refresh_account(customer_id)
 
-    def _account_terms(self, known: Known, route: Route) -> _Terms:
-        grant = known.grant
-        if route.account is None:
-            return _Terms(route, "account", _not_sold_to_accounts(route))
-        if grant is None or grant.revoked_at is not None:
-            return _Terms(route, "account", _no_subscription(route))
-        feature = route.account.required_feature
-        if (feature is not None and feature not in grant.features) or (
-            grant.routes is not None and route.id not in grant.routes
-        ):
-            return _Terms(route, "account", _not_in_plan(route, feature), expires_s=known.expires_s)
-        limits = [
-            limit for limit in grant.limits if limit.metric_key is None or limit.metric_key == route.metric
-        ]
-        rider = Rider(
-            fare="account",
-            route_id=route.id,
-            metric_key=route.metric or "",
-            customer_id=grant.subject_id,
-            grant_id=grant.id,
-            billed_when_orphaned=route.charge_on == "always",
-        )
-        names = {"customer": grant.subject_id, "plan": grant.plan or "", "route": route.id}
-        return _Terms(
-            route,
-            "account",
-            None,
-            holdings=tuple(self._leases.holding(limit) for limit in limits),
-            stub=self._spool.stub(rider),
-            **_headers(route, names),
-            expires_s=known.expires_s,
-        )
-
-    # ── pass ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _by_pass(self, call: Call, token: bytes) -> Decision | Awaitable[Decision]:
-        claims = self._tokens.verify(token.decode("ascii"))
-        if isinstance(claims, Reason):
-            return self._bad(call, claims)
-        known = self._grants.fresh(claims.pass_id)
-        if known is None:
-            return self._find_pass(call, claims.pass_id)
-        return self._with_pass(call, known)
-
-    async def _find_pass(self, call: Call, pass_id: str) -> Decision:
-        try:
-            known = await self._grants.find(pass_id)
-        except Unavailable as error:
-            return _unavailable(error)
-        if known is None:
-            return self._bad(call, _pass_unknown)
-        return await _settled(self._with_pass(call, known))
-
-    def _with_pass(self, call: Call, known: Known) -> Decision | Awaitable[Decision]:
-        terms = known.prepared.get(call.route.id)
-        if terms is None or terms.route is not call.route:
-            assert known.grant is not None, "a pass is known by its grant"
-            terms = known.prepared[call.route.id] = self._pass_terms(known.grant, known.expires_s, call.route)
-        if terms.refused is not None:
-            return Refusal(terms.refused)
-        if terms.expires_s <= self._business_now_s():
-            return Refusal(_pass_over(call.route))
-        return self._ride(call, terms)
-
-    def _pass_terms(self, grant: AdmissionGrant, expires_s: float, route: Route) -> _Terms:
-        if grant.revoked_at is not None:
-            return _Terms(route, "pass", _pass_revoked(route))
-        if grant.routes is not None and route.id not in grant.routes:
-            return _Terms(route, "pass", _other_route(route))
-        rider = Rider(
-            fare="pass",
-            route_id=route.id,
-            metric_key=route.metric or "",
-            grant_id=grant.id,
-            pass_id=grant.subject_id,
-            billed_when_orphaned=route.charge_on == "always",
-        )
-        names = {"pass": grant.subject_id, "plan": grant.plan or "", "route": route.id}
-        return _Terms(
-            route,
-            "pass",
-            None,
-            holdings=tuple(self._leases.holding(limit) for limit in grant.limits),
-            stub=self._spool.stub(rider),
-            **_headers(route, names),
-            expires_s=expires_s,
-        )
-
     # ── exact ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _by_payment(self, call: Call, proof: bytes) -> Decision:
         try:
             decision = await self._exact.admit(call, proof)
         except Unavailable as error:
-            return _unavailable(error)
+            return unavailable(error)
         if isinstance(decision, Refusal):
             self._count_bad_payment(call, decision)
         if not isinstance(decision, Admitted):
@@ -308,9 +232,9 @@ class FrontDoor:
             number = self._spool.admitted(call.request_id, self._spool.stub(rider), ())
         except SpoolFull as error:
             decision.finish(0, 0, 0)
-            return _spool_full(error)
-        fixed = _headers(call.route, {"payer": payer, "route": call.route.id})
-        decision.forward_headers = _forward(call, fixed["headers"], fixed["headers_per_call"])
+            return spool_full(error)
+        heard = told(call.route, {"payer": payer, "route": call.route.id})
+        decision.forward_headers, decision.forward_lines = [], heard.lines(call.request_id)
         finish = decision.finish
         settled = False
 
@@ -345,91 +269,57 @@ class FrontDoor:
 
     # ── limits and the record ────────────────────────────────────────────────────────────────────────────────────
 
-    def _ride(self, call: Call, terms: _Terms) -> Decision | Awaitable[Decision]:
-        if self._leases.take(terms.holdings):
+    def _ride(self, call: Call, terms: Terms) -> Decision | Awaitable[Decision]:
+        if (not terms.amounts or self._there(terms.amounts)) and self._leases.take(terms.holdings):
             return self._admitted(call, terms)
         return self._ride_soon(call, terms)
 
-    async def _ride_soon(self, call: Call, terms: _Terms) -> Decision:
+    async def _ride_soon(self, call: Call, terms: Terms) -> Decision:
         try:
+            for amount in terms.amounts:
+                none_left = await self._leases.more_units(amount, 1)
+                if none_left is not None:
+                    return self._used_up(call, terms, none_left)
             not_taken = await self._leases.take_soon(terms.holdings)
         except Unavailable as error:
-            return _unavailable(error)
+            return unavailable(error)
         return self._admitted(call, terms) if not_taken is None else self._used_up(call, terms, not_taken)
 
-    def _admitted(self, call: Call, terms: _Terms) -> Decision:
+    def _there(self, amounts: Sequence[Holding]) -> bool:
+        """Whether some bytes of each are left: a pass without any is over before a byte of the call is forwarded."""
+        leases = self._leases
+        for amount in amounts:
+            if not leases.take_units(amount, 1):
+                return False
+            leases.put_back_units(amount, 1)
+        return True
+
+    def _admitted(self, call: Call, terms: Terms) -> Decision:
         holdings = terms.holdings
+        lease_ids = [held.lease_id for held in holdings]
         try:
-            number = self._spool.admitted(call.request_id, terms.stub, [held.lease_id for held in holdings])
+            number = self._spool.admitted(call.request_id, terms.stub, lease_ids)
         except SpoolFull as error:
-            self._leases.put_back(holdings)
-            return _spool_full(error)
-        ride = _Ride(self, terms, number)
+            self._leases.put_back(holdings, lease_ids)
+            return spool_full(error)
+        ride = _Ride(self, terms, number, lease_ids)
         ride.admitted = admitted = Admitted(
-            fare=terms.fare,
-            forward_headers=_forward(call, terms.headers, terms.headers_per_call),
-            answer_headers=self._limit_headers(terms) if holdings else [],
-            finish=ride.finish,
+            terms.fare,
+            [],
+            [],
+            ride.finish,
+            standing=terms.standing,
+            forward_lines=terms.told.lines(call.request_id),
+            answer_lines=terms.limit_lines(self._business_now_s()) if terms.shown else b"",
         )
+        if terms.metered:
+            meter = terms.meter(self._leases)
+            ride.meter, admitted.meter = meter, meter
         return admitted
 
-    def _limit_headers(self, terms: _Terms) -> Headers:
-        """RateLimit of the tightest limit; a pass also says what is left of it."""
-        tightest: Holding | None = None
-        least: int | None = None
-        for held in terms.holdings:
-            remaining = held.remaining
-            if remaining is not None and (least is None or remaining < least):
-                tightest, least = held, remaining
-        if tightest is None or least is None or tightest.capacity is None:
-            return []
-        reset_s = terms.expires_s - self._business_now_s() if terms.expires_s != math.inf else 0.0
-        headers = [
-            (b"RateLimit-Limit", b"%d" % int(tightest.capacity)),
-            (b"RateLimit-Remaining", b"%d" % least),
-            (b"RateLimit-Reset", b"%d" % max(0.0, reset_s)),
-        ]
-        if terms.fare == "pass":
-            headers.append((b"Farebox-Pass-Remaining", b"calls=%d" % least))
-        return headers
-
-    def _used_up(self, call: Call, terms: _Terms, not_taken: NotTaken) -> Refusal:
-        nothing, held = not_taken.nothing, not_taken.holding
-        if nothing.why == "held":
-            return Refusal(
-                Reason(
-                    "unavailable",
-                    "the last calls of this limit are held by another gateway process and will be used or given back; try again",
-                ),
-                retry_after_s=1.0,
-            )
-        if nothing.why in ("revoked", "unknown"):
-            return Refusal(
-                _pass_revoked(call.route) if terms.fare == "pass" else _no_subscription(call.route)
-            )
-        capacity = nothing.capacity if nothing.capacity is not None else held.capacity
-        reset_s = self._until(nothing.period_end, terms)
-        headers = rate_limit_headers(int(capacity or 0), 0, reset_s)
-        if terms.fare == "pass":
-            headers.append((b"Farebox-Pass-Remaining", b"calls=0"))
-            reason = Reason(
-                "pass_exhausted",
-                f"this pass has no calls left of {capacity}; buy another one",
-                None,
-                {"quotes": f"/.farebox/quotes?route={call.route.id}"},
-            )
-            return Refusal(reason, headers)
-        reason = Reason(
-            "quota_exceeded",
-            f"the plan's limit of {capacity} for this period is used up; it starts anew with the next period",
-            None,
-            {"limit": str(capacity)},
-        )
-        return Refusal(reason, headers, retry_after_s=max(1.0, reset_s))
-
-    def _until(self, end: datetime | None, terms: _Terms) -> float:
-        end_s = end.timestamp() if end is not None else terms.expires_s
-        return 0.0 if end_s == math.inf else max(0.0, end_s - self._business_now_s())
+    def _used_up(self, call: Call, terms: Terms, not_taken: NotTaken) -> Refusal:
+        until = None if terms.expires_s == math.inf else terms.expires_s
+        return used_up(not_taken, call.route, until, self._business_now_s())
 
     def _ended(self, ride: _Ride, status: int, bytes_up: int, bytes_down: int) -> None:
         terms, number, abandoned = ride.terms, ride.number, ride.admitted.abandoned
@@ -439,9 +329,31 @@ class FrontDoor:
             billed = status > 0 or served or abandoned
         else:
             billed = 0 < status < 400 or (status == 0 and abandoned and served)
-        self._spool.done(number, status, bytes_up, bytes_down, billed)
+        if ride.meter is None:
+            self._spool.done(number, status, bytes_up, bytes_down, billed)
+        else:
+            used, credits = self._settled_meter(terms, ride.meter, billed)
+            self._spool.done(number, status, bytes_up, bytes_down, billed, used, credits)
         if not billed and number:
-            self._leases.put_back(terms.holdings)
+            self._leases.put_back(terms.holdings, ride.lease_ids)
+        elif terms.slots:
+            self._leases.put_back(terms.slots)
+
+    def _settled_meter(
+        self, terms: Terms, meter: CallMeter, billed: bool
+    ) -> tuple[list[tuple[int, int]], int | None]:
+        """Make the credits what the upstream said; what the spool notes of the leases: (lease id, used), and the credits."""
+        meter.close()
+        spent_from = [*terms.amounts]
+        held, cost = terms.credits, meter.cost if billed else None
+        if held is not None and cost is not None and cost != 1:
+            if cost > 1:
+                self._leases.overdraw(held, cost - 1)
+            else:
+                self._leases.put_back_units(held, 1 - cost)
+            spent_from.append(held)
+        used = [(amount.lease_id, amount.used) for amount in spent_from if amount.lease_id]
+        return used, cost if held is not None else None
 
     def _bad(self, call: Call, reason: Reason) -> Refusal:
         return self._budgets.bad_credentials.spend(call.client_address) or Refusal(reason)
@@ -450,14 +362,16 @@ class FrontDoor:
 class _Ride:
     """An admitted call under way."""
 
-    __slots__ = ("_door", "admitted", "number", "terms")
+    __slots__ = ("_door", "admitted", "lease_ids", "meter", "number", "terms")
 
     admitted: Admitted
 
-    def __init__(self, door: FrontDoor, terms: _Terms, number: int) -> None:
+    def __init__(self, door: FrontDoor, terms: Terms, number: int, lease_ids: list[int]) -> None:
         self._door = door
         self.terms = terms
         self.number = number
+        self.lease_ids = lease_ids
+        self.meter: CallMeter | None = None
 
     def finish(self, status: int, bytes_up: int, bytes_down: int) -> None:
         self._door._ended(self, status, bytes_up, bytes_down)
@@ -467,138 +381,10 @@ async def _settled(decision: Decision | Awaitable[Decision]) -> Decision:
     return await decision if isinstance(decision, Awaitable) else decision
 
 
-# ── headers towards the upstream ─────────────────────────────────────────────────────────────────────────────────────
-
-#: Variable of ``set_headers`` → the header that says the same.
-_IDENTITY: Final = {
-    "customer": b"Farebox-Customer",
-    "plan": b"Farebox-Plan",
-    "pass": b"Farebox-Pass",
-    "payer": b"Farebox-Payer",
-    "route": b"Farebox-Route",
-}
+def _is_free(call: Call) -> bool:
+    free = call.route.free
+    return free is not None and (not free.methods or call.method in free.methods)
 
 
-class _FixedHeaders(TypedDict):
-    """``headers`` and ``headers_per_call`` of ``_Terms``."""
-
-    headers: tuple[tuple[bytes, bytes], ...]
-    headers_per_call: tuple[tuple[bytes, str], ...]
-
-
-def _headers(route: Route, names: dict[str, str]) -> _FixedHeaders:
-    """Ours, then the route's ``set_headers`` with their variables filled in; those with {request_id} wait for the call."""
-    fixed = [(_IDENTITY[name], _value(text)) for name, text in names.items() if text]
-    per_call: list[tuple[bytes, str]] = []
-    for name, template in route.rewrite.set_headers:
-        text = template
-        for variable in _IDENTITY:
-            text = text.replace("{" + variable + "}", names.get(variable, ""))
-        if "{request_id}" in text:
-            per_call.append((name.encode("ascii"), text))
-        else:
-            fixed.append((name.encode("ascii"), _value(text)))
-    return {"headers": tuple(fixed), "headers_per_call": tuple(per_call)}
-
-
-def _forward(
-    call: Call, fixed: Sequence[tuple[bytes, bytes]], per_call: Sequence[tuple[bytes, str]]
-) -> Headers:
-    headers = [(b"Farebox-Request-Id", call.request_id.encode()), *fixed]
-    for name, text in per_call:
-        headers.append((name, _value(text.replace("{request_id}", call.request_id))))
-    return headers
-
-
-def _value(text: str) -> bytes:
-    """A header value: control characters cannot stand in one, whatever an operator named a plan."""
-    return "".join(c if c.isprintable() else "?" for c in text).encode()
-
-
-# ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-_key_unknown = Reason(
-    "credential_unknown", "this API key is not known here, or it was revoked; ask the seller for a new one"
-)
-_admin_key_here = Reason(
-    "credential_unknown",
-    "this key opens the control API, not the gateway; use a customer's key (fbx_ck_…), and rotate this one if it left your house",
-)
-_pass_unknown = Reason("pass_unknown", "this pass is not known here; buy another one")
-
-
-def _pass_over(route: Route) -> Reason:
-    return Reason(
-        "pass_ended",
-        "this pass is over; buy another one",
-        None,
-        {"quotes": f"/.farebox/quotes?route={route.id}"},
-    )
-
-
-def _pass_revoked(route: Route) -> Reason:
-    return Reason(
-        "pass_ended",
-        "this pass was taken back by the seller",
-        None,
-        {"quotes": f"/.farebox/quotes?route={route.id}"},
-    )
-
-
-def _other_route(route: Route) -> Reason:
-    return Reason("not_covered", f"this pass does not cover the route {route.id}")
-
-
-def _not_sold(route: Route) -> Reason:
-    return Reason(
-        "not_covered",
-        f"the route {route.id} is not paid by the call: leave the payment out and use a key or a pass",
-    )
-
-
-def _not_sold_to_accounts(route: Route) -> Reason:
-    return Reason("not_covered", f"the route {route.id} is not sold to accounts: pay the call or use a pass")
-
-
-def _no_subscription(route: Route) -> Reason:
-    return Reason("not_covered", f"this account has no active subscription that covers the route {route.id}")
-
-
-def _not_in_plan(route: Route, feature: str | None) -> Reason:
-    return Reason(
-        "not_covered",
-        f"the account's plan does not include {feature or route.id}, which the route {route.id} asks for",
-        None,
-        {"feature": feature} if feature else {},
-    )
-
-
-def _sells(route: Route) -> bool:
-    return route.account is not None or route.exact is not None or bool(route.passes)
-
-
-def _nothing_sold(route: Route) -> Reason:
-    return Reason("not_for_sale", f"the route {route.id} has no fare yet")
-
-
-def _credential_missing(route: Route) -> Reason:
-    ways = [
-        *(["an API key (Authorization: Bearer fbx_ck_… or X-API-Key)"] if route.account else []),
-        *(["a pass (Authorization: Bearer <token>; see /.farebox/quotes)"] if route.passes else []),
-    ]
-    return Reason("credential_missing", f"this call needs {' or '.join(ways)}")
-
-
-def _unavailable(error: Unavailable) -> Refusal:
-    log.warning("admission_unavailable", what=error.what)
-    return Refusal(
-        Reason("unavailable", "this cannot be decided right now; try again in a moment"),
-        retry_after_s=error.retry_after_s,
-    )
-
-
-def _spool_full(error: SpoolFull) -> Refusal:
-    log.error("spool_full", what=str(error))
-    return Refusal(
-        Reason("unavailable", "calls cannot be recorded right now; try again in a moment"), retry_after_s=5.0
-    )
+def _nothing_owed(status: int, bytes_up: int, bytes_down: int) -> None:
+    """How a free call ends."""

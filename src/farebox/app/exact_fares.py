@@ -3,7 +3,8 @@
 A payment is reserved in the database before the upstream hears of the call, bound to exactly this request, and settled
 when the upstream's answer begins well, before a byte of it is let out. Whoever comes with the same payment meanwhile or
 later meets the reservation: the same request waits or gets the stored answer, another one gets nothing. Money that may
-have moved is never asked for a second time: an outcome that nobody knows is a 503 or a 409, not a payable 402.
+have moved is never asked for a second time: an outcome that nobody knows is a 503 or a 409, not a payable 402. Money that
+was taken for an answer which the upstream then broke off is given back.
 """
 
 from __future__ import annotations
@@ -15,15 +16,26 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import structlog
+
 from farebox.app.admission import Admitted, Answer, Call, Decision, Headers, Refusal
 from farebox.app.offers import Offer, offers_for
-from farebox.app.ports.chain import Chain, Outcome, Settled, SettlementOrder, SettleRefused, SettleUnknown
+from farebox.app.ports.chain import (
+    Chain,
+    NotRefunded,
+    Outcome,
+    RefundOrder,
+    Settled,
+    SettlementOrder,
+    SettleRefused,
+    SettleUnknown,
+)
 from farebox.app.ports.clock import Clock
 from farebox.app.proofs import BadProof, GoodProof, check
 from farebox.base.errors import InvariantError, Reason, Refused, Unavailable
 from farebox.base.ids import new_id
 from farebox.domain.access import GatewayCatalog, Route
-from farebox.domain.ledger import exact_fare_settled
+from farebox.domain.ledger import exact_fare_refunded, exact_fare_settled
 from farebox.domain.payment import Event, State, after
 from farebox.protocols.x402 import PaymentRequired, Resource, SettlementResponse, encode_header
 from farebox.store import payments
@@ -61,6 +73,8 @@ _NOT_KEPT: Final = frozenset(
         b"farebox-request-id",
     }
 )
+log = structlog.get_logger(__name__)
+
 _EXPOSED: Final = (b"Access-Control-Expose-Headers", b"PAYMENT-REQUIRED, PAYMENT-RESPONSE")
 
 
@@ -260,7 +274,7 @@ class ExactFares:
             case State.UNKNOWN:
                 return _outcome_unknown()
             case State.REFUNDED:
-                return _answer_gone(met, self._receipt_of(met))
+                return _given_back(met, self._receipt_of(met))
             case _:  # released while we looked
                 return _in_flight()
 
@@ -293,6 +307,7 @@ class ExactFares:
             before_release=serving.before_release,
             keep_answer_bytes_max=KEPT_ANSWER_BYTES_MAX,
             keep_answer=serving.keep_answer,
+            broken=serving.broken,
         )
 
     def _admitted_again(self, met: StoredPayment, receipt: Headers) -> Admitted:
@@ -304,9 +319,15 @@ class ExactFares:
             if status < 400:
                 await self._keep_answer(met.payment_key, status, headers, body)
 
+        broke = False
+
+        def broken() -> None:
+            nonlocal broke
+            broke = True
+
         def finish(status: int, bytes_up: int, bytes_down: int) -> None:
             unanswered = status == 0 and bytes_down == 0 and not admitted.abandoned
-            if status >= 400 or unanswered:
+            if status >= 400 or unanswered or broke:
                 self._in_background(self._owe_rerun(met.payment_key))
 
         admitted = Admitted(
@@ -316,8 +337,26 @@ class ExactFares:
             finish=finish,
             keep_answer_bytes_max=KEPT_ANSWER_BYTES_MAX,
             keep_answer=keep,
+            broken=broken,
         )
         return admitted
+
+    async def _refund(self, chain: Chain, order: RefundOrder) -> None:
+        """Give the money back, until it is known how that went: the payment's row stays settled until then, and whoever
+        brings the payment meanwhile meets it in flight. What cannot be given back leaves the one re-run instead."""
+        while True:
+            try:
+                outcome = await chain.refund(order)
+            except Unavailable:
+                await asyncio.sleep(RELEASE_AGAIN_AFTER_S)
+                continue
+            break
+        if isinstance(outcome, NotRefunded):
+            log.error("refund_not_made", payment_id=order.payment_id, why=outcome.why)
+            await self._keep_answer(order.payment_key, 0, [], None)
+            return
+        log.warning("payment_refunded", payment_id=order.payment_id, transaction=outcome.transaction_hash)
+        self._let_go(order.payment_key)
 
     async def _owe_rerun(self, key: bytes) -> None:
         while True:
@@ -421,6 +460,27 @@ class ExactFares:
             signature=proof.payment.signature,
         )
 
+    def _refund_order(self, call: Call, proof: GoodProof, payment_id: str) -> RefundOrder:
+        """The settlement of ``_order``, turned round."""
+        settled = self._order(call, proof, payment_id)
+        return RefundOrder(
+            payment_key=settled.payment_key,
+            payment_id=payment_id,
+            token=settled.token,
+            payer=settled.payer,
+            recipient=settled.recipient,
+            amount=settled.amount,
+            postings=exact_fare_refunded(
+                payment_id,
+                call.route.id,
+                proof.offer.requirements.network,
+                settled.recipient,
+                proof.offer.chain.book_asset(proof.offer.token).code,
+                settled.amount,
+            ),
+            reason="upstream_broke",
+        )
+
     async def _write_reservations(self, wanted: Sequence[Reservation]) -> list[Verdict]:
         async with self._database.connection() as tx:
             return await payments.reserve(tx, wanted)
@@ -495,6 +555,7 @@ class _Serving:
 
     __slots__ = (
         "_answer_pending",
+        "_broken",
         "_call",
         "_fares",
         "_payment_id",
@@ -514,6 +575,7 @@ class _Serving:
         self._released = False
         self._settling: asyncio.Future[Outcome] | None = None
         self._answer_pending = True
+        self._broken = False
         self.answer_headers: Headers = []
 
     async def before_release(self, status: int, headers: Headers) -> Refusal | None:
@@ -558,6 +620,10 @@ class _Serving:
             self._answer_pending = False
             await self._fares._keep_answer(self._proof.payment_key, status, headers, body)
 
+    def broken(self) -> None:
+        """The upstream broke off an answer that was paid for."""
+        self._broken = True
+
     def finish(self, status: int, bytes_up: int, bytes_down: int) -> None:
         """The answer has gone out, or will not."""
         fares, key = self._fares, self._proof.payment_key
@@ -568,6 +634,10 @@ class _Serving:
                 fares._in_background(fares._give_back(key))
             case State.SETTLING:
                 fares._in_background(self._settle_until_known())
+            case State.SETTLED if self._broken and self._answer_pending:
+                self._move(Event.REFUNDED)
+                order = fares._refund_order(self._call, self._proof, self._payment_id)
+                fares._in_background(fares._refund(self._proof.offer.chain, order))
             case State.SETTLED if self._answer_pending:
                 # None was handed over: it was too large, or broke off. One re-run is left instead.
                 fares._in_background(fares._keep_answer(key, status, [], None))
@@ -671,6 +741,19 @@ def _answer_gone(met: StoredPayment, receipt: Headers) -> Refusal:
             " sign a new payment for a new call.",
             None,
             {"payment_id": met.payment_id, "transaction": met.transaction_hash},
+        ),
+        receipt,
+    )
+
+
+def _given_back(met: StoredPayment, receipt: Headers) -> Refusal:
+    return Refusal(
+        Reason(
+            "answer_gone",
+            "The answer this payment bought broke off at the upstream, and the payment was given back; sign a new payment"
+            " for a new call.",
+            None,
+            {"payment_id": met.payment_id, "transaction": met.transaction_hash, "refunded": True},
         ),
         receipt,
     )

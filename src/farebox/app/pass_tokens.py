@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from farebox.app.ports.clock import Clock
 from farebox.base.errors import Reason, Refused
-from farebox.domain.passes import Pass, limits_document
+from farebox.domain.limits import limits_document
+from farebox.domain.passes import Pass
 from farebox.protocols.passes import PASS_TYP, Keyring, read_typ
 
 #: Verified tokens remembered by a process: enough for every live token of a busy gateway (about 1 KiB each).

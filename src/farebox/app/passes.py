@@ -9,14 +9,14 @@ from typing import Final
 from farebox.app.joining import joined
 from farebox.app.pass_tokens import PassTokens
 from farebox.app.ports.clock import BusinessClock
-from farebox.base.errors import refuse
+from farebox.base.errors import Refused, refuse
 from farebox.base.ids import new_id
-from farebox.domain.limits import PassLimits
-from farebox.domain.passes import Pass, calls_counter, grant_of, limits_document
+from farebox.domain.limits import LimitKind, PassLimits, limits_document
+from farebox.domain.passes import Pass, counter_of, grant_of, limits_of, wrong_limit
 from farebox.store import audit, gateway_catalog, grants, passes
+from farebox.store import limits as limits_store
 from farebox.store.pool import Database, Tx
 
-CALLS_MAX: Final = 1_000_000_000_000
 DURATION_S_MAX: Final = 10 * 366 * 86_400
 NAME_CHARACTERS_MAX: Final = 200
 
@@ -40,8 +40,8 @@ class Passes:
         within: Tx | None = None,
     ) -> tuple[Pass, str]:
         """A pass given by the operator, and its token. ``Refused`` ``ROUTE_UNKNOWN``, ``PASS_INVALID``."""
-        if limits.calls is not None and not 1 <= limits.calls <= CALLS_MAX:
-            raise refuse("PASS_INVALID", f"a pass holds from 1 to {CALLS_MAX} calls", "limits.calls")
+        if (wrong := wrong_limit(limits)) is not None:
+            raise Refused(wrong)
         if not 1 <= duration_s <= DURATION_S_MAX:
             raise refuse("PASS_INVALID", "a pass lasts from one second to ten years", "duration")
         for field, text in (("holder", holder or ""), ("name", name)):
@@ -68,13 +68,20 @@ class Passes:
             await audit.add(tx, actor, "pass.grant", granted.id, {"limits": limits_document(limits)})
         return granted, self._tokens.sign(granted)
 
-    async def get(self, pass_id: str) -> tuple[Pass, int]:
-        """A pass and the calls spent of it so far (what open leases hold counts as spent). ``Refused`` ``PASS_UNKNOWN``."""
+    async def get(self, pass_id: str) -> tuple[Pass, dict[LimitKind, int]]:
+        """A pass and what was used of each of its limits, as the gateways said last (they do once a second): amounts since its
+        start, slots and requests at the moment; rates are not used up. ``Refused`` ``PASS_UNKNOWN``."""
         async with self._database.connection() as tx:
             found = await passes.get(tx, pass_id)
             if found is None:
                 raise refuse("PASS_UNKNOWN", f"there is no pass {pass_id[:60]!r}")
-            return found, await passes.spent(tx, calls_counter(pass_id))
+            counters = {
+                counter_of(pass_id, kind): kind
+                for kind, _, _ in limits_of(found.limits)
+                if kind not in ("upload_rate", "download_rate")
+            }
+            counted = await limits_store.counted(tx, list(counters))
+            return found, {kind: int(counted[c].used) for c, kind in counters.items() if c in counted}
 
     async def list(
         self, limit: int = 100, before: str | None = None, route_id: str | None = None

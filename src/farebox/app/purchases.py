@@ -31,7 +31,8 @@ from farebox.base.ids import new_id
 from farebox.base.time import to_rfc3339
 from farebox.domain.access import GatewayCatalog
 from farebox.domain.ledger import pass_sold
-from farebox.domain.passes import Pass, limits_document
+from farebox.domain.limits import limits_document
+from farebox.domain.passes import Pass
 from farebox.protocols import strict_json
 from farebox.protocols.strict_json import Fields
 from farebox.protocols.x402 import PaymentRequired, Resource, SettlementResponse, encode_header

@@ -20,8 +20,7 @@ from farebox.base.errors import Refused, refuse
 from farebox.base.money import Money, plain
 from farebox.base.time import to_rfc3339
 from farebox.domain.access import GatewayCatalog, PassOffer, Route
-from farebox.domain.limits import PassLimits
-from farebox.domain.passes import limits_document
+from farebox.domain.limits import PassLimits, limits_document, limits_from_document
 from farebox.protocols import strict_json
 from farebox.protocols.passes import QUOTE_TYP, Keyring
 from farebox.protocols.strict_json import Fields
@@ -106,7 +105,7 @@ class Quotes:
             "token": wanted.asset,
             "pay_to": wanted.pay_to,
             "duration_s": sold.duration_s,
-            "limits": limits_document(PassLimits(sold.calls)),
+            "limits": limits_document(sold.limits),
         }
         claims["jti"] = _quote_id(claims)
         return {
@@ -146,14 +145,13 @@ class Quotes:
                 "What this quote offered is no longer sold here; ask for a new quote.",
                 "quote",
             )
-        calls = claims.mapping("limits").get("calls")
         return Quote(
             id=claims.text("jti"),
             route_id=route_id,
             pass_offer_id=claims.text("pass"),
             name=claims.text("name"),
             duration_s=claims.whole("duration_s", 1, 1 << 40),
-            limits=PassLimits(calls),
+            limits=limits_from_document(claims.mapping("limits")),
             expires_at=datetime.fromtimestamp(claims.whole("exp", 0, 1 << 37), UTC),
             offer=offer,
             claims=claims.all(),

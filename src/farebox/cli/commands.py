@@ -143,6 +143,28 @@ def migrate(
     database.migrate(pre=pre, post=post, check=check, sandbox=sandbox, data=data, as_json=json)
 
 
+@app.command()
+def doctor(
+    write_off: Annotated[
+        str | None,
+        typer.Option(
+            "--write-off",
+            metavar="PROCESS",
+            help="The spool of this gateway process is gone for good: count what it held as spent.",
+        ),
+    ] = None,
+    data: DataOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Check the database, migrations, clocks, keys, disk, spool and what is stranded; says what to do. Exit 1: a problem."""
+    from farebox.cli import doctor as checks
+
+    if write_off is not None:
+        checks.write_off(write_off, data, as_json=json)
+    else:
+        checks.examine(data, as_json=json)
+
+
 # ── the shop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

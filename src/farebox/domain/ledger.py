@@ -15,7 +15,7 @@ from typing import Literal
 from farebox.base.errors import InvariantError
 from farebox.base.money import Money
 
-Kind = Literal["exact_fare", "pass_sale", "invoice"]
+Kind = Literal["exact_fare", "pass_sale", "invoice", "refund"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,21 @@ def exact_fare_settled(
         "exact_fare",
         exact_revenue(route_id),
         wallet(network, pay_to),
+        asset,
+        amount,
+        payment_id,
+    )
+
+
+def exact_fare_refunded(
+    payment_id: str, route_id: str, network: str, pay_to: str, asset: str, amount: int
+) -> tuple[Posting, ...]:
+    """An exact fare went back from our wallet: the posting of ``exact_fare_settled``, turned round."""
+    return _moves(
+        f"refund:{payment_id}",
+        "refund",
+        wallet(network, pay_to),
+        exact_revenue(route_id),
         asset,
         amount,
         payment_id,

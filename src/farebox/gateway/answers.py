@@ -83,6 +83,14 @@ def too_large(bytes_max: int) -> Fault:
     return Fault("body_too_large", f"The body is longer than the {bytes_max} bytes taken here.")
 
 
+def too_much_held() -> Fault:
+    return Fault(
+        "budget_exceeded",
+        "Too many request bodies of this address are held at the moment; send this one again in a moment.",
+        _NO_ROOM_RETRY_S,
+    )
+
+
 def no_room() -> Fault:
     return Fault(
         "unavailable",

@@ -6,7 +6,8 @@ and belongs to the next message. The same bytes cut at other places give the sam
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from collections.abc import Sequence
+from typing import ClassVar, Final, Protocol
 
 from farebox.gateway.fields import PRINTABLE, TOKEN
 from farebox.gateway.problems import Fault
@@ -16,10 +17,14 @@ LAST_CHUNK: Final = b"0\r\n\r\n"
 _CHUNK_LINE_BYTES_MAX: Final = 1024  # a size and its extensions
 _EXTENSION_BYTES_MAX: Final = 16 * 1024  # all extensions of one body: they carry nothing and are dropped
 _TRAILER_BYTES_MAX: Final = 8 * 1024
+_TRAILER_COUNT_MAX: Final = 32
 _HEX: Final = b"0123456789abcdefABCDEF"
 
 
 class Body(Protocol):
+    @property
+    def trailers(self) -> Sequence[bytes]: ...  # the lines after the last chunk, once the body has ended
+
     def feed(self, data: bytes) -> tuple[bytes, bool, bytes]: ...
 
 
@@ -27,6 +32,7 @@ class LengthBody:
     """``Content-Length`` bytes."""
 
     __slots__ = ("left",)
+    trailers: ClassVar[Sequence[bytes]] = ()
 
     def __init__(self, length: int) -> None:
         self.left = length
@@ -45,16 +51,17 @@ class EndlessBody:
     """An answer that ends when its connection does."""
 
     __slots__ = ()
+    trailers: ClassVar[Sequence[bytes]] = ()
 
     def feed(self, data: bytes) -> tuple[bytes, bool, bytes]:
         return data, False, b""
 
 
 class ChunkedBody:
-    """RFC 9112 §7.1, strictly: bare hexadecimal sizes, CRLF everywhere. Extensions and trailers are checked, bounded
-    and dropped: neither has a meaning across a proxy that was not agreed on."""
+    """RFC 9112 §7.1, strictly: bare hexadecimal sizes, CRLF everywhere. Extensions are checked, bounded and dropped: they
+    have no meaning across a proxy. Trailers are checked, bounded and kept; which of them go on is trailers.py's business."""
 
-    __slots__ = ("_extension_bytes", "_inbox", "_left", "_trailer_bytes", "_where")
+    __slots__ = ("_extension_bytes", "_inbox", "_left", "_trailer_bytes", "_where", "trailers")
 
     _SIZE, _DATA, _DATA_END, _TRAILER = range(4)
 
@@ -64,6 +71,7 @@ class ChunkedBody:
         self._inbox = b""
         self._extension_bytes = 0
         self._trailer_bytes = 0
+        self.trailers: Sequence[bytes] = ()
 
     def feed(self, data: bytes) -> tuple[bytes, bool, bytes]:
         if self._inbox:
@@ -119,11 +127,12 @@ class ChunkedBody:
 
     def _check_trailer(self, line: bytes) -> None:
         self._trailer_bytes += len(line) + 2
-        if self._trailer_bytes > _TRAILER_BYTES_MAX:
+        if self._trailer_bytes > _TRAILER_BYTES_MAX or len(self.trailers) >= _TRAILER_COUNT_MAX:
             raise Fault("request_malformed", "The trailers are too long.")
         name, colon, value = line.partition(b":")
         if not colon or not name or name.translate(None, TOKEN) or value.translate(None, PRINTABLE):
             raise Fault("request_malformed", "A trailer line is not «name: value».")
+        self.trailers = [*self.trailers, line]
 
     def _check_unfinished(self, line: bytes) -> None:
         """Nothing that can no longer become a good line is waited for."""

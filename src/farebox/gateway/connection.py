@@ -1,6 +1,7 @@
 """One client's connection: reads requests one after the other, asks the door, and writes the answers in order.
 
     READS_HEAD ──a good head──▶ DECIDES ──admitted──▶ STREAMS ──answer ended──▶ READS_HEAD
+        │                          │                   └──101──▶ TUNNELS (tunnel.py has both connections) ──▶ CLOSED
         │                          └──refused, answered──▶ READS_OFF (what is left of the body) ──▶ READS_HEAD
         └──a bad head──▶ LINGERS (the answer must be seen) ──▶ CLOSED
 
@@ -10,20 +11,23 @@ What arrives ahead of its turn stays raw in ``_inbox``; beyond ``ahead_bytes_max
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Final, cast
 
 import structlog
 
-from farebox.app.admission import Admitted, Answer, Call, Decision, Headers, Refusal
-from farebox.gateway.answers import no_room, refusal_of, too_large, unrouted, written
+from farebox.app.admission import Admitted, Answer, Call, Decision, Headers, Refusal, Standing
+from farebox.gateway.answers import refusal_of, too_large, unrouted, written
 from farebox.gateway.bodies import Body, LengthBody
 from farebox.gateway.exchange import Exchange
 from farebox.gateway.forwarding import lines_for_stranger
 from farebox.gateway.heads import HEAD_END, HeaderBlock, RequestHead, check_unfinished, read_request_head
+from farebox.gateway.held_bodies import HeldBody
+from farebox.gateway.pools import Destination
 from farebox.gateway.problems import Fault, problem, refusal
 from farebox.gateway.routing import Found, Way, choose
-from farebox.gateway.upstream import NEVER, Destination
+from farebox.gateway.upstream import NEVER
 
 if TYPE_CHECKING:
     from farebox.gateway.server import Gateway
@@ -31,9 +35,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 #: Why the socket is not read for now.
-_AHEAD, _UPLOAD = 1, 2
+_AHEAD, _UPLOAD, _PACED = 1, 2, 4
 
-READS_HEAD, DECIDES, STREAMS, READS_OFF, LINGERS, CLOSED = range(6)
+READS_HEAD, DECIDES, STREAMS, READS_OFF, LINGERS, TUNNELS, CLOSED = range(7)
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _BLOCK_KEPT_BYTES_MAX: Final = 1024
@@ -44,8 +48,8 @@ class ClientConnection(asyncio.Protocol):
     """The server's side of one TCP connection."""
 
     __slots__ = (
-        "_block", "_body", "_broken", "_buffered_bytes", "_collected", "_collected_max", "_exchange", "_expects_continue", "_forgave", "_found",
-        "_full", "_gateway", "_head", "_held", "_inbox", "_reading_on", "_scanned", "_state", "_taken_off", "_to", "_transport",
+        "_block", "_body", "_body_bytes", "_body_bytes_max", "_broken", "_collected", "_exchange", "_expects_continue", "_forgave", "_found",
+        "_full", "_gateway", "_head", "_held", "_held_body", "_inbox", "_reading_on", "_scanned", "_state", "_taken_off", "_to", "_transport",
         "_unflushed", "_way", "call", "deadline", "forwarded_lines", "keep_alive", "peer", "request_id", "request_id_line", "trusted",
     )  # fmt: skip
 
@@ -57,17 +61,17 @@ class ClientConnection(asyncio.Protocol):
         self._scanned = 0  # so far no end of a head in the inbox
         self._forgave = False  # an empty line before this request
         self._reading_on = False
-        self._held = 0  # _AHEAD | _UPLOAD
+        self._held = 0  # _AHEAD | _UPLOAD | _PACED
         self._head: RequestHead | None = None
         self._block: HeaderBlock | None = None  # the header lines of the request before
         self._body: Body | None = None  # what is still to come of the request's body
         self._exchange: Exchange | None = None
         self._broken = False  # a rule was broken: what still comes cannot be told apart
         self._expects_continue = False
-        # A body held whole. One buffer: a list would let tiny pieces weigh many times their bytes.
-        self._collected: bytearray | None = None
-        self._buffered_bytes = 0  # counted against ``buffered_bytes_max`` until the call is over
-        self._collected_max = 0
+        self._collected: HeldBody | None = None  # the body, while it is collected
+        self._held_body: HeldBody | None = None  # it counts until the call is over
+        self._body_bytes = 0  # of a body that streams
+        self._body_bytes_max = 0
         self._taken_off = 0
         self._full = False  # the client does not keep up with its answer
         self._unflushed = 0  # what it had not taken when we last looked
@@ -130,7 +134,7 @@ class ClientConnection(asyncio.Protocol):
         self._gateway.connection_closed(self)
         if self._collected is not None:
             self._collected = None
-            self._unbuffer()
+            self._give_back_body()
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.client_lost()
@@ -148,8 +152,8 @@ class ClientConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._full = False
         now, settings = self._gateway.ticker.now, self._gateway.settings
-        if self._state == STREAMS and self._body is not None:
-            self.deadline = now + settings.body_stall_timeout_s
+        if self._body is not None and (self._state == STREAMS or self._collected is not None):
+            self._await_body()
         elif self._state == READS_HEAD:
             self.deadline = now + settings.idle_timeout_s
         elif self._state in (DECIDES, STREAMS):
@@ -164,6 +168,10 @@ class ClientConnection(asyncio.Protocol):
         transport = self._transport
         if transport is None:
             self.deadline = NEVER
+        elif self._state == TUNNELS:
+            assert self._exchange is not None
+            assert self._exchange.tunnel is not None
+            self._exchange.tunnel.expire()
         elif self._full:
             left = transport.get_write_buffer_size()
             if left < self._unflushed:
@@ -193,7 +201,44 @@ class ClientConnection(asyncio.Protocol):
     def release_upload(self) -> None:
         self._release(_UPLOAD)
         if not self._full and self._body is not None:
-            self.deadline = self._gateway.ticker.now + self._gateway.settings.body_stall_timeout_s
+            self._await_body()
+
+    def pace_upload(self) -> None:
+        """No more of the body may pass for now. A client that has sent all of it is still listened to: it may leave."""
+        if self._body is not None:
+            self._hold(_PACED)
+            if not self._full:
+                self.deadline = NEVER
+
+    def unpace_upload(self) -> None:
+        self._release(_PACED)
+        if not self._full and self._body is not None:
+            self._await_body()
+
+    def _await_body(self) -> None:
+        """More of the request's body has to come by then, unless it is us who hold it up."""
+        if self._held & (_UPLOAD | _PACED):
+            self.deadline = NEVER
+            return
+        self.deadline = self._gateway.ticker.now + self._gateway.settings.body_stall_timeout_s
+        if self._collected is not None:
+            self.deadline = min(self.deadline, self._collected.ends_at)
+
+    @property
+    def full(self) -> bool:
+        """The client does not keep up with what is written."""
+        return self._full
+
+    def hand_over(self, protocol: asyncio.Protocol) -> tuple[asyncio.Transport, bytes]:
+        """From now on ``protocol`` hears what comes; it also gets what came ahead. Told of the connection's loss it tells us."""
+        transport = self._transport
+        assert transport is not None
+        self._state = TUNNELS
+        self.keep_alive = False
+        self._release(_AHEAD | _UPLOAD | _PACED)
+        ahead, self._inbox = self._inbox, b""
+        transport.set_protocol(protocol)
+        return transport, ahead
 
     def exchange_ended(self) -> None:
         """The whole answer is written."""
@@ -214,6 +259,26 @@ class ClientConnection(asyncio.Protocol):
         """The answer broke off: close without an end, so that the client cannot take it for whole."""
         self._exchange = None
         self._close()
+
+    # ── for the gateway ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def standing(self) -> Standing | None:
+        """What the running call stands on."""
+        return self._exchange.admitted.standing if self._exchange is not None else None
+
+    @property
+    def stands_until_s(self) -> float:
+        """By the business date; never over when no call runs."""
+        exchange = self._exchange
+        if exchange is None or exchange.admitted.standing is None:
+            return math.inf
+        return exchange.admitted.standing.expires_s
+
+    def cut_call(self, code: str, detail: str) -> None:
+        """End the running call from our side."""
+        if self._exchange is not None:
+            self._exchange.cut(code, detail)
 
     # ── heads ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -282,10 +347,8 @@ class ClientConnection(asyncio.Protocol):
         self._expects_continue = head.block.expects_continue and head.version_1_1 and self._body is not None
         self.request_id = request_id = gateway.next_request_id()
         self.request_id_line = gateway.answer_lines + request_id.encode()
-        if head.block.content_length > gateway.settings.body_bytes_max:
-            raise too_large(gateway.settings.body_bytes_max)
-        if head.block.wants_upgrade:
-            raise Fault("upgrade_unsupported", "Protocol upgrades are not served here.")
+        if self._body is not None:
+            self._bound_body(head, None)
 
         layout = gateway.layout
         found = layout.table.known.get(head.path)
@@ -298,7 +361,7 @@ class ClientConnection(asyncio.Protocol):
         if found.only is not None:
             way, params = found.only, found.only_params
         else:
-            chosen = choose(found, head.method, head.block.host, head.block.headers)
+            chosen = choose(found, head.method, head.block.host, head.block.headers, head.query)
             if isinstance(chosen, frozenset):
                 self._reply_refusal(unrouted(chosen))
                 return
@@ -322,6 +385,8 @@ class ClientConnection(asyncio.Protocol):
             way.route,
             params,
         )
+        if way.route.body_bytes_max is not None and self._body is not None:
+            self._bound_body(head, way.route.body_bytes_max)
         if gateway.door.needs_body(call):
             self._collect(gateway.settings.paid_body_bytes_max)
         else:
@@ -343,7 +408,7 @@ class ClientConnection(asyncio.Protocol):
             self._reply_exception(exc)
             return
         if self._state != DECIDES:
-            self._unbuffer()
+            self._give_back_body()
             if isinstance(decided, Admitted):
                 decided.finish(0, 0, 0)  # admitted, but nobody is left to serve
             return
@@ -370,8 +435,8 @@ class ClientConnection(asyncio.Protocol):
         exchange = Exchange(gateway, self, head, call, way, to, admitted)
         self._exchange = exchange
         self._state = STREAMS
-        if self._buffered_bytes:
-            exchange.buffered_bytes, self._buffered_bytes = self._buffered_bytes, 0
+        if self._held_body is not None:
+            exchange.held_body, self._held_body = self._held_body, None
         payload, ended = b"", True
         if call.body is not None:
             payload = call.body
@@ -381,10 +446,13 @@ class ClientConnection(asyncio.Protocol):
                 data, self._inbox = self._inbox, b""
                 try:
                     payload, ended, self._inbox = self._body.feed(data)
+                    self._count_body(payload)
                 except Fault as fault:
                     self._break_request(fault)
                     return
             if ended:
+                if self._body.trailers:
+                    exchange.trailed_up(self._body.trailers)
                 self._body = None
             else:
                 self._continue()
@@ -395,20 +463,45 @@ class ClientConnection(asyncio.Protocol):
 
     # ── bodies ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _bound_body(self, head: RequestHead, route_bytes_max: int | None) -> None:
+        """How large the body may be: here, and on its route when that says less."""
+        if head.block.upgrade and head.version_1_1:
+            raise Fault("upgrade_unsupported", "A request that asks for an upgrade must not have a body.")
+        bytes_max = self._gateway.settings.body_bytes_max
+        if route_bytes_max is not None:
+            bytes_max = min(bytes_max, route_bytes_max)
+        self._body_bytes, self._body_bytes_max = 0, bytes_max
+        if head.block.content_length > bytes_max:
+            raise too_large(bytes_max)
+
+    def _count_body(self, payload: bytes) -> None:
+        self._body_bytes += len(payload)
+        if self._body_bytes > self._body_bytes_max:
+            raise too_large(self._body_bytes_max)
+
     def _collect(self, bytes_max: int) -> None:
         """Hold the whole body before going on: the door binds it, or one of our pages reads it."""
-        body = self._body
-        self._collected = bytearray()
-        self._collected_max = bytes_max
+        gateway, body = self._gateway, self._body
+        call, head = self.call, self._head
+        assert head is not None
+        if call is not None:
+            address = call.client_address
+            if body is not None:
+                bytes_max = min(bytes_max, self._body_bytes_max)
+        else:
+            address = (
+                self.peer
+                if not self.trusted
+                else gateway.trusted_proxies.client_of(self.peer, head.block.forwarded)
+            )
+        ends_at = gateway.ticker.now + gateway.settings.paid_body_timeout_s
+        self._collected = self._held_body = HeldBody(gateway.held_bodies, address, bytes_max, ends_at)
         if body is None:
             self._collected_all()
             return
         if isinstance(body, LengthBody):
-            if body.left > bytes_max:
-                raise too_large(bytes_max)
-            if not self._has_room(body.left):
-                raise no_room()
-        self.deadline = self._gateway.ticker.now + self._gateway.settings.body_stall_timeout_s
+            self._collected.expect(body.left)
+        self._await_body()
         if self._inbox:
             data, self._inbox = self._inbox, b""
             self._feed(data)
@@ -434,12 +527,19 @@ class ClientConnection(asyncio.Protocol):
             self._body = None
             self._inbox = rest
         if not self._full:
-            self.deadline = NEVER if ended else gateway.ticker.now + gateway.settings.body_stall_timeout_s
+            if ended:
+                self.deadline = NEVER
+            else:
+                self._await_body()
         exchange = self._exchange
         if exchange is not None:
-            if exchange.bytes_up + len(payload) > gateway.settings.body_bytes_max:
-                self._break_request(too_large(gateway.settings.body_bytes_max))
+            try:
+                self._count_body(payload)
+            except Fault as fault:
+                self._break_request(fault)
                 return
+            if ended and body.trailers:
+                exchange.trailed_up(body.trailers)
             if payload or ended:
                 exchange.more(payload, ended)
         elif self._state == READS_OFF:
@@ -449,22 +549,17 @@ class ClientConnection(asyncio.Protocol):
             elif self._taken_off > gateway.settings.unread_body_bytes_max:
                 self._leave()
         elif self._collected is not None:
-            size = len(payload)
-            if len(self._collected) + size > self._collected_max:
-                self._break_request(too_large(self._collected_max))
+            try:
+                self._collected.add(payload)
+            except Fault as fault:
+                self._break_request(fault)
                 return
-            if not self._has_room(size):
-                self._break_request(no_room())
-                return
-            self._buffered_bytes += size
-            gateway.buffered_bytes += size
-            self._collected += payload
             if ended:
                 self._collected_all()
 
     def _collected_all(self) -> None:
         assert self._collected is not None
-        body, self._collected = bytes(self._collected), None
+        body, self._collected = self._collected.take(), None
         self._expects_continue = False
         try:
             if self._found is not None:
@@ -475,13 +570,11 @@ class ClientConnection(asyncio.Protocol):
         except Exception as exc:  # noqa: BLE001 - one call's fault is not the connection's
             self._reply_exception(exc)
 
-    def _has_room(self, size: int) -> bool:
-        return self._gateway.buffered_bytes + size <= self._gateway.settings.buffered_bytes_max
-
-    def _unbuffer(self) -> None:
+    def _give_back_body(self) -> None:
         """The body is held no longer."""
-        self._gateway.buffered_bytes -= self._buffered_bytes
-        self._buffered_bytes = 0
+        if self._held_body is not None:
+            self._held_body.give_back()
+            self._held_body = None
 
     async def _show(self, found: Found, body: bytes) -> None:
         """One of our own pages."""
@@ -541,8 +634,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _reply(self, status: int, headers: Headers, body: bytes) -> None:
         self._collected = None
-        if self._buffered_bytes:
-            self._unbuffer()
+        if self._held_body is not None:
+            self._give_back_body()
         if self._transport is None or self._state in (CLOSED, LINGERS):
             return
         unread = self._body
@@ -579,8 +672,8 @@ class ClientConnection(asyncio.Protocol):
         """Take what is left of a refused request's body off the connection, to use it again."""
         self._state = READS_OFF
         self._taken_off = 0
-        self.deadline = self._gateway.ticker.now + self._gateway.settings.body_stall_timeout_s
-        self._release(_AHEAD | _UPLOAD)
+        self._release(_AHEAD | _UPLOAD | _PACED)
+        self._await_body()
         if self._inbox:
             data, self._inbox = self._inbox, b""
             self._feed(data)
@@ -600,7 +693,7 @@ class ClientConnection(asyncio.Protocol):
             wait_s = settings.linger_s if self._gateway.draining else settings.idle_timeout_s
             self.deadline = self._gateway.ticker.now + wait_s
         if self._held:
-            self._release(_UPLOAD)
+            self._release(_UPLOAD | _PACED)
         if self._inbox:
             self._read_on()
 
@@ -616,7 +709,7 @@ class ClientConnection(asyncio.Protocol):
         self._inbox = b""
         self._taken_off = 0
         self.deadline = self._gateway.ticker.now + self._gateway.settings.linger_s
-        self._release(_AHEAD | _UPLOAD)
+        self._release(_AHEAD | _UPLOAD | _PACED)
         if transport.can_write_eof():
             transport.write_eof()
 

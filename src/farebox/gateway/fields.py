@@ -34,6 +34,9 @@ class Kind(IntEnum):
     FORWARDED = 8  # believed from trusted proxies, dropped from everyone else
     CREDENTIAL = 9  # goes on unless it was ours
     OURS_IF_SET = 10  # in answers: dropped when the decision sets the same name
+    CREDITS = 11  # in answers: what the upstream says a call costs; read, never passed on
+    TE = 12  # of requests: whether trailers are taken
+    TRAILER = 13  # which names come after a chunked body
 
 
 #: One line read: ((lower-case name, value), kind). A tuple, not a class: it is unpacked for each line of each call.
@@ -41,11 +44,12 @@ Field = tuple[tuple[bytes, bytes], int]
 
 _HOP_BY_HOP: Final = (
     b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"proxy-authentication-info",
-    b"te", b"trailer",
 )  # fmt: skip
 
 _REQUEST_KINDS: Final[dict[bytes, Kind]] = {
     **dict.fromkeys(_HOP_BY_HOP, Kind.DROP),
+    b"te": Kind.TE,
+    b"trailer": Kind.TRAILER,
     b"http2-settings": Kind.DROP,
     b"payment-signature": Kind.DROP,  # a signed payment is valid money: it never goes to an upstream
     b"x-payment": Kind.DROP,
@@ -59,19 +63,25 @@ _REQUEST_KINDS: Final[dict[bytes, Kind]] = {
     b"x-real-ip": Kind.FORWARDED,
     b"authorization": Kind.CREDENTIAL,
     b"x-api-key": Kind.CREDENTIAL,
+    b"apicharge": Kind.CREDENTIAL,
+    b"cookie": Kind.CREDENTIAL,
 }
 _ANSWER_KINDS: Final[dict[bytes, Kind]] = {
     **dict.fromkeys(_HOP_BY_HOP, Kind.DROP),
-    b"upgrade": Kind.DROP,
+    b"te": Kind.DROP,
+    b"trailer": Kind.TRAILER,
+    b"upgrade": Kind.UPGRADE,
+    b"farebox-credits": Kind.CREDITS,
+    b"apicharge-credits": Kind.CREDITS,
     b"content-length": Kind.CONTENT_LENGTH,
     b"transfer-encoding": Kind.TRANSFER_ENCODING,
     b"connection": Kind.CONNECTION,
 }
 #: Names whose values hardly repeat, or must not stay in memory.
 _NEVER_KEPT: Final = frozenset({
-    b"authorization", b"x-api-key", b"cookie", b"set-cookie", b"payment-signature", b"x-payment", b"payment-response", b"etag",
-    b"last-modified", b"x-request-id", b"idempotency-key", b"traceparent",
-    b"if-none-match",
+    b"authorization", b"x-api-key", b"apicharge", b"cookie", b"set-cookie", b"payment-signature", b"x-payment", b"payment-response", b"etag",
+    b"last-modified", b"x-request-id", b"idempotency-key", b"traceparent", b"if-none-match", b"farebox-credits",
+    b"apicharge_credits", b"sec-websocket-key", b"sec-websocket-accept",
 })  # fmt: skip
 
 
@@ -107,6 +117,10 @@ class FieldBook:
             self.known[line] = field
         return field
 
+    def kind_of(self, lower: bytes) -> int:
+        """What is done with a field of this lower-case name."""
+        return int(self._kind(lower))
+
     def contest(self, lower: bytes) -> None:
         """From now on this name gives way to ours when a decision sets it."""
         if self._kinds.get(lower, Kind.PASS) == Kind.PASS:
@@ -130,8 +144,9 @@ class FieldBook:
         name = canonical(lower)
         kind = self._kinds.get(name)
         if kind is not None:
-            # A misspelt framing field frames nothing, yet some upstream may think it does: it stays here.
-            return kind if name == lower else Kind.DROP
+            # A misspelt framing field frames nothing, yet some upstream may think it does: it stays here. ApiCharge spells
+            # its credits with an underscore.
+            return kind if name == lower or kind == Kind.CREDITS else Kind.DROP
         for prefix, kind in self._prefixes:
             if name.startswith(prefix):
                 return kind

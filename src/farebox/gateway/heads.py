@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+from farebox.app.credentials import PASS_NAME, parted_cookie
 from farebox.gateway.bodies import Body, ChunkedBody, LengthBody
 from farebox.gateway.fields import PRINTABLE, TOKEN, Field, FieldBook, Kind
 from farebox.gateway.problems import Fault
+from farebox.gateway.trailers import may_trail
 
 HEAD_END: Final = b"\r\n\r\n"
 
 _METHODS: Final = {m.encode(): m for m in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")}
 _METHOD_BYTES_MAX: Final = 32
+_PROTOCOL: Final = TOKEN + b"/"
 _LENGTH_DIGITS_MAX: Final = 18
 _TOKENS_KEPT_MAX: Final = 1024
 _CONTROLS_AND_SPACE: Final = bytes(range(0x21)) + b"\x7f"
@@ -34,6 +37,9 @@ _UPGRADE: Final = int(Kind.UPGRADE)
 _FORWARDED: Final = int(Kind.FORWARDED)
 _CREDENTIAL: Final = int(Kind.CREDENTIAL)
 _OURS_IF_SET: Final = int(Kind.OURS_IF_SET)
+_CREDITS: Final = int(Kind.CREDITS)
+_TE: Final = int(Kind.TE)
+_TRAILER: Final = int(Kind.TRAILER)
 
 
 class HeaderBlock:
@@ -49,12 +55,15 @@ class HeaderBlock:
     forwarded: Sequence[tuple[bytes, bytes]] = ()
     # Lines of credentials that are none of our keys: they go on unless a pass is in them.
     credentials: Sequence[bytes] = ()
+    names_pass = False  # in a header or cookie of that name: those, not the credentials, hold the pass
     content_length = -1  # -1: not said
     chunked = False
     says_close = False
     says_keep_alive = False
     expects_continue = False
-    wants_upgrade = False
+    upgrade = b""  # the protocols the client offers to change to, but never h2c
+    takes_trailers = False  # after an answer
+    trailer_names: frozenset[bytes] = frozenset()  # announced, lower case: the request's own trailers
 
     def body(self) -> Body | None:
         """A reader for the body, None when there is none."""
@@ -77,6 +86,11 @@ class RequestHead:
     keep_alive: bool
     block: HeaderBlock
 
+    @property
+    def upgrade(self) -> bytes:
+        """The protocols to change to; HTTP/1.0 has none (RFC 9110 §7.8)."""
+        return self.block.upgrade if self.version_1_1 else b""
+
 
 class AnswerHead:
     """An upstream's head, found good. ``lines`` go on unchanged; the status line is ours to write."""
@@ -88,6 +102,9 @@ class AnswerHead:
     content_length = -1  # -1: not said
     chunked = False
     contested = False  # a name is among them that gives way to ours
+    credits: bytes | None = None  # what the upstream says the call costs
+    upgrade = b""  # the protocols a 101 changes to, or a 426 asks for
+    trailer = b""  # the names announced to come after the body
 
     def __init__(self, said: list[bytes], book: FieldBook) -> None:
         self._said = said
@@ -204,18 +221,24 @@ def read_header_block(raw: bytes, book: FieldBook, header_count_max: int) -> Hea
     read.lines = kept
     read.host, read.forwarded_host_line = _hosts.get(host) or _read_host(host)
     if specials:
-        _read_specials(read, specials)
+        _read_specials(read, specials, book)
     return read
 
 
-def _read_specials(read: HeaderBlock, specials: list[tuple[bytes, int, bytes, bytes]]) -> None:
+def _read_specials(
+    read: HeaderBlock, specials: list[tuple[bytes, int, bytes, bytes]], book: FieldBook
+) -> None:
     length: bytes | None = None
-    upgrade = b""
+    upgrades: list[bytes] = []
     connection: list[ConnectionSays] = []
     for line, kind, name, value in specials:
         if kind == _CREDENTIAL:
             # Our own keys end here; whatever else authorizes is the upstream's business.
-            if not _is_ours(value):
+            if name == b"cookie":
+                _read_cookie(read, line, value)
+            elif name == PASS_NAME:
+                read.names_pass = True
+            elif not _is_ours(value):
                 read.credentials = [*read.credentials, line]
         elif kind == _CONNECTION:
             connection.append(_connection_values.get(value) or _read_connection(value))
@@ -234,7 +257,14 @@ def _read_specials(read: HeaderBlock, specials: list[tuple[bytes, int, bytes, by
                 raise Fault("expectation_failed", "The only expectation met is 100-continue.")
             read.expects_continue = True
         elif kind == _UPGRADE:
-            upgrade = value.lower()
+            upgrades.append(value)
+        elif kind == _TE:
+            if b"trailers" in _names(value):
+                read.takes_trailers = True
+        elif kind == _TRAILER:
+            if any(name.translate(None, TOKEN) for name in _names(value)):
+                raise Fault("request_malformed", "The Trailer header is not a list of names.")
+            read.trailer_names |= _names(value)
         else:
             raise Fault("request_malformed", "There is more than one Host header.")
     if read.chunked and length is not None:
@@ -246,9 +276,30 @@ def _read_specials(read: HeaderBlock, specials: list[tuple[bytes, int, bytes, by
         read.says_keep_alive |= says.keep_alive
         if says.names:
             _drop_named(read, says.names)
-    # An offer of HTTP/2 may be ignored (RFC 9110 §7.8) and common clients make it with each request; a WebSocket may not.
-    if upgrade and upgrade != b"h2c" and any(says.upgrade for says in connection):
-        read.wants_upgrade = True
+    # An offer of HTTP/2 may be ignored (RFC 9110 §7.8) and common clients make it with each request.
+    if upgrades and any(says.upgrade for says in connection):
+        offered = [p for p in _listed(b",".join(upgrades)) if p.lower() != b"h2c"]
+        if any(p.translate(None, _PROTOCOL) for p in offered):
+            raise Fault("request_malformed", "The Upgrade header is not a list of protocols.")
+        read.upgrade = b", ".join(offered)
+    if read.takes_trailers and not read.upgrade:
+        # What we pass on to the client, we may ask the upstream for. TE is of one hop, so this one is ours.
+        read.lines = [*read.lines, b"TE: trailers", b"Connection: TE"]
+    if read.trailer_names:
+        read.trailer_names = frozenset(n for n in read.trailer_names if may_trail(n, book))
+        if read.trailer_names and read.chunked:
+            read.lines = [*read.lines, b"Trailer: " + b", ".join(sorted(read.trailer_names))]
+
+
+def _read_cookie(read: HeaderBlock, line: bytes, value: bytes) -> None:
+    """The cookie of a pass ends here; all others go on."""
+    if PASS_NAME in value:
+        theirs, ours = parted_cookie(value)
+        if ours:
+            read.names_pass = True
+            line = b"Cookie: " + theirs if theirs else b""
+    if line:
+        read.lines.append(line)
 
 
 def _is_ours(value: bytes) -> bool:
@@ -300,10 +351,24 @@ def read_answer_head(head: bytes, book: FieldBook) -> AnswerHead:
                 raise Fault("upstream_malformed", "a Transfer-Encoding other than a single chunked")
             transfer = b"chunked"
             read.chunked = True
+        elif kind == _CREDITS:
+            read.credits = pair[1]
+        elif kind == _UPGRADE:
+            read.upgrade = b", ".join([read.upgrade, pair[1]] if read.upgrade else [pair[1]])
+        elif kind == _TRAILER:
+            read.trailer = b", ".join([read.trailer, pair[1]] if read.trailer else [pair[1]])
     if transfer is not None and read.content_length >= 0:
         raise Fault("upstream_malformed", "both Content-Length and Transfer-Encoding")
+    if transfer is not None and status_line.startswith(b"HTTP/1.0"):
+        raise Fault("upstream_malformed", "a Transfer-Encoding in HTTP/1.0")
+    if read.status == 204 and (read.chunked or read.content_length > 0):
+        read.keep_alive = (
+            False  # it must not announce a body (RFC 9110 §8.6): what comes next may be one all the same
+        )
     if named:
         kept = [line for line in kept if line.partition(b":")[0].lower() not in named]
+    if read.status == 426 and read.upgrade:
+        kept += [b"Connection: Upgrade", b"Upgrade: " + read.upgrade]  # it says which (RFC 9110 §15.5.22)
     read.lines = kept
     return read
 
@@ -334,6 +399,14 @@ def _read_method(method: bytes) -> str:
     if method in (b"CONNECT", b"TRACE"):
         raise Fault("method_unsupported", f"{method.decode()} is not served here.")
     return method.decode()
+
+
+def _listed(value: bytes) -> list[bytes]:
+    return [part for part in (p.strip(b" \t") for p in value.split(b",")) if part]
+
+
+def _names(value: bytes) -> frozenset[bytes]:
+    return frozenset(part.lower() for part in _listed(value))
 
 
 def _bad_version(version: bytes) -> Fault:

@@ -30,6 +30,7 @@ STATUS: Final[dict[str, int]] = {
     "route_unknown": 404,
     "method_not_allowed": 405,
     "not_for_sale": 403,
+    "hand_over": 421,  # forward-auth: an edge gives this call to the gateway
     # credentials and grants
     "credential_missing": 401,
     "credential_malformed": 401,
@@ -40,6 +41,8 @@ STATUS: Final[dict[str, int]] = {
     "not_covered": 403,
     "pass_exhausted": 402,
     "quota_exceeded": 429,
+    "window_exceeded": 429,
+    "concurrency_exceeded": 429,
     "budget_exceeded": 429,
     # payments and purchases
     "payment_required": 402,

@@ -1,54 +1,130 @@
 """Which route takes a call: templates compiled into a tree, the more specific one first, the catalog's order on ties.
 
 A template's segments are literal, ``{name}`` (one non-empty segment) or, last, ``{*rest}`` (whatever is left, also
-nothing). Specificity is decided segment by segment: literal before name before rest; between equal paths a route that
-names a host goes before one that does not, then more header conditions, then named methods.
+nothing). Among the routes whose template takes a path, the first of this order takes the call, if it takes the rest of it:
+
+1. the path, segment by segment: literal before name before rest;
+2. the host: a name before a wildcard, a longer wildcard before a shorter one, with a port before without, any host last;
+3. more conditions (headers and query together) before fewer (conditions.py);
+4. named methods before any;
+5. the order of the catalog.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from farebox.app.admission import Headers
 from farebox.base.errors import refuse
 from farebox.domain.access import GatewayCatalog, Route
+from farebox.gateway.conditions import (
+    Asked,
+    Reading,
+    headers_meet,
+    on_header,
+    on_query,
+    query_meets,
+    read_query,
+)
 from farebox.gateway.fields import canonical
+from farebox.gateway.problems import Fault
+from farebox.gateway.rewriting import AnswerRewriting, TargetRewrite
 from farebox.gateway.targets import check_path
 
 _NAME: Final = re.compile(r"\{(\*?)([A-Za-z_][A-Za-z0-9_]*)\}\Z")
 _PATHS_KEPT_MAX: Final = 4096
 _PATH_KEPT_BYTES_MAX: Final = 256
+_HOSTS_KEPT_MAX: Final = 16
+_HOST_KEPT_BYTES_MAX: Final = 64
+
+#: A way and the values of its template's parameters, as they stand in the path.
+Taken = tuple["Way", dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class HostPattern:
+    """One host that a route names. ``name`` is lower case and, of a wildcard, begins with the dot; ``port`` empty: any."""
+
+    name: str
+    wildcard: bool
+    port: str
+
+    def takes(self, name: str, port: str) -> bool:
+        if self.port and self.port != port:
+            return False
+        if self.wildcard:
+            return name.endswith(self.name) and len(name) > len(self.name)
+        return name == self.name
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        return (1 if self.wildcard else 0, -len(self.name) if self.wildcard else 0, 0 if self.port else 1)
+
+
+_ANY_HOST: Final = (2, 0, 0)
 
 
 @dataclass(slots=True)
 class Way:
-    """One route made ready: what is asked of each call that its path template takes."""
+    """One route made ready, for one of the hosts that it names: what is asked of each call that its path template takes,
+    and what is changed on its way up and down.
+
+    ``rewrites_request``: path, query or Host change; ``rewrites_answer``: the head of the answer does. ``our_names`` are
+    the canonical names of the headers that the route sets or removes: a client's are dropped.
+    """
 
     route: Route
     order: int
     methods: frozenset[str]  # empty: any
-    hosts: frozenset[str]  # exact, lower case, without port
-    host_suffixes: tuple[str, ...]  # of wildcards: «.example.com»
-    conditions: tuple[tuple[bytes, bytes], ...]
-    strip_prefix: bytes
-    our_names: frozenset[bytes]  # canonical names that the route sets: a client's are dropped
+    host: HostPattern | None
+    on_headers: tuple[Asked, ...]
+    on_query: tuple[Asked, ...]
+    our_names: frozenset[bytes]
+    rewrites_request: bool
+    rewrites_answer: bool
+    keeps_host: bool
+    _target: TargetRewrite
+    _answer: AnswerRewriting
+    conditional: bool = False
     unconditional: bool = False
 
-    def takes(self, method: str, host: str, headers: Headers) -> bool:
-        """Everything but the path and the method's list; the method is asked by ``Ways.choose``."""
-        if self.hosts or self.host_suffixes:
-            name = host.rpartition(":")[0] if host[-1] != "]" and ":" in host else host
-            if name not in self.hosts and not name.endswith(self.host_suffixes or ("\0",)):
-                return False
-        return all(condition in headers for condition in self.conditions)
+    def meets(self, headers: Headers, query: Sequence[Reading]) -> bool:
+        """The conditions. Raises ``Fault`` for a call that can be read in two ways."""
+        return headers_meet(self.on_headers, headers) and query_meets(self.on_query, query)
+
+    def target(self, target: bytes, path: bytes, params: dict[str, str]) -> tuple[bytes, bytes]:
+        """The target as the upstream gets it (without its own base path), and the prefix taken off it."""
+        return self._target.target(target, path, params)
+
+    def rewrite_answer(self, lines: Sequence[bytes]) -> list[bytes]:
+        """The header lines of the upstream's answer as the client gets them."""
+        return self._answer.head(lines)
+
+    def strip_answer(self, lines: Sequence[bytes]) -> list[bytes]:
+        """Of an interim answer: without what is removed or set."""
+        return self._answer.without(lines)
 
     @property
-    def rank(self) -> tuple[int, int, int, int]:
-        host = 0 if self.hosts else 1 if self.host_suffixes else 2
-        return (host, -len(self.conditions), 0 if self.methods else 1, self.order)
+    def answer_names(self) -> frozenset[bytes]:
+        """Canonical names of the answer's headers that the route sets or removes."""
+        return self._answer.names
+
+    def rewrite_fields(self, fields: Headers) -> Headers:
+        """As ``rewrite_answer``, of fields: for an answer that is kept."""
+        return self._answer.fields(fields)
+
+    @property
+    def rank(self) -> tuple[tuple[int, int, int], int, int, int]:
+        host = self.host.rank if self.host is not None else _ANY_HOST
+        return (
+            host,
+            -len(self.on_headers) - len(self.on_query),
+            0 if self.methods else 1,
+            self.order,
+        )
 
 
 @dataclass(slots=True)
@@ -57,9 +133,27 @@ class Found:
 
     path: str
     ours: bool
-    ways: tuple[tuple[Way, dict[str, str]], ...]
+    ways: tuple[Taken, ...]
     only: Way | None = None  # the first way, when it takes every call
     only_params: dict[str, str] = field(default_factory=dict)
+    names_hosts: bool = False
+    by_host: dict[str, tuple[Taken, ...]] = field(default_factory=dict)
+
+    def at(self, host: str) -> tuple[Taken, ...]:
+        """Those of the ways that take this host (lower case, perhaps with a port)."""
+        if not self.names_hosts:
+            return self.ways
+        ways = self.by_host.get(host)
+        if ways is None:
+            name, port = _host_and_port(host)
+            ways = tuple(
+                taken for taken in self.ways if taken[0].host is None or taken[0].host.takes(name, port)
+            )
+            if len(host) <= _HOST_KEPT_BYTES_MAX:
+                if len(self.by_host) >= _HOSTS_KEPT_MAX:
+                    self.by_host.clear()
+                self.by_host[host] = ways
+        return ways
 
 
 @dataclass(slots=True)
@@ -79,15 +173,17 @@ class RouteTable:
         self._owns = owns
         self._root = _Node()
         for order, route in enumerate(catalog.routes):
-            self._add(_way(route, order), route.match.path)
+            self._add(tuple(_ways(route, order)), route)
+        _sort(self._root)
 
     def find(self, path: bytes) -> Found:
         """Check a path (``Fault``) and find who may take it. Callers look into ``known`` first."""
         check_path(path)
         text = path.decode("ascii")
-        ways: list[tuple[Way, dict[str, str]]] = []
+        ways: list[Taken] = []
         self._collect(self._root, text[1:].split("/"), 0, (), ways)
         found = Found(text, self._owns(text), tuple(ways))
+        found.names_hosts = any(way.host is not None for way, _ in ways)
         if ways and ways[0][0].unconditional:
             found.only, found.only_params = ways[0]
         if len(path) <= _PATH_KEPT_BYTES_MAX:
@@ -96,30 +192,28 @@ class RouteTable:
             self.known[path] = found
         return found
 
-    def _add(self, way: Way, template: str) -> None:
-        node, names = self._root, []
+    def _add(self, ways: tuple[Way, ...], route: Route) -> None:
+        node, names, template = self._root, [], route.match.path
         if not template.startswith("/"):
-            raise _bad(way.route, f"{template!r} does not begin with a slash")
+            raise _bad(route, f"{template!r} does not begin with a slash")
         segments = template[1:].split("/")
         for position, segment in enumerate(segments):
             named = _NAME.match(segment)
             if named is None:
                 if "{" in segment or "}" in segment:
-                    raise _bad(
-                        way.route, f"{segment!r}: a name takes a whole segment, as in /weather/{{city}}"
-                    )
+                    raise _bad(route, f"{segment!r}: a name takes a whole segment, as in /weather/{{city}}")
                 node = node.literals.setdefault(segment, _Node())
                 continue
             names.append(named[2])
             if named[1]:
                 if position != len(segments) - 1:
-                    raise _bad(way.route, f"{segment!r} must be the last segment")
-                _insert(node.rests, way, names)
+                    raise _bad(route, f"{segment!r} must be the last segment")
+                _insert(node.rests, ways, names)
                 return
             if node.names is None:
                 node.names = _Node()
             node = node.names
-        _insert(node.ends, way, names)
+        _insert(node.ends, ways, names)
 
     def _collect(
         self,
@@ -127,7 +221,7 @@ class RouteTable:
         segments: list[str],
         at: int,
         values: tuple[str, ...],
-        into: list[tuple[Way, dict[str, str]]],
+        into: list[Taken],
     ) -> None:
         if at == len(segments):
             into.extend((way, dict(zip(names, values, strict=True))) for way, names in node.ends)
@@ -143,45 +237,118 @@ class RouteTable:
             into.extend((way, dict(zip(names, rest, strict=True))) for way, names in node.rests)
 
 
-def choose(
-    found: Found, method: str, host: str, headers: Headers
-) -> tuple[Way, dict[str, str]] | frozenset[str]:
-    """The way that takes this call; else the methods that would have been taken (empty: the path is unknown here)."""
+def choose(found: Found, method: str, host: str, headers: Headers, query: bytes) -> Taken | frozenset[str]:
+    """The way that takes this call; else the methods that would have been taken (empty: the path is unknown here).
+
+    Raises ``Fault`` for a call that one reader would give to this route and another reader to that one.
+    """
     allowed: set[str] = set()
-    for way, params in found.ways:
-        if not way.takes(method, host, headers):
-            continue
+    readings: list[Reading] = []
+    for taken in found.at(host):
+        way = taken[0]
+        if way.conditional:
+            if way.on_query and not readings:
+                readings = read_query(query)
+            if not way.meets(headers, readings):
+                continue
         if not way.methods or method in way.methods:
-            return way, params
+            return taken
         allowed |= way.methods
     return frozenset(allowed)
 
 
-def _way(route: Route, order: int) -> Way:
-    match = route.match
+def _ways(route: Route, order: int) -> Iterator[Way]:
+    match, rewrite = route.match, route.rewrite
     methods = {m.upper() for m in match.methods}
     if "GET" in methods:
         methods.add("HEAD")
-    hosts = [h.lower() for h in match.hosts]
-    way = Way(
-        route=route,
-        order=order,
-        methods=frozenset(methods),
-        hosts=frozenset(h for h in hosts if not h.startswith("*.")),
-        host_suffixes=tuple(h[1:] for h in hosts if h.startswith("*.")),
-        conditions=tuple((name.lower().encode(), value.encode()) for name, value in match.headers),
-        strip_prefix=route.rewrite.strip_prefix.rstrip("/").encode(),
-        our_names=frozenset(canonical(name.lower().encode()) for name, _ in route.rewrite.set_headers),
-    )
-    way.unconditional = not (way.methods or way.hosts or way.host_suffixes or way.conditions)
-    return way
+    dropped = (*(name for name, _ in rewrite.set_headers), *rewrite.remove_headers)
+    on_headers = tuple(map(on_header, match.headers))
+    asked = tuple(map(on_query, match.query))
+    answer = AnswerRewriting(rewrite.answer)
+    moves = rewrite.strip_prefix.rstrip("/") or rewrite.add_prefix.rstrip("/") or rewrite.set_path
+    changes = moves or rewrite.set_query or rewrite.remove_query or rewrite.host == "original"
+    target = TargetRewrite(rewrite)
+    hosts: Sequence[HostPattern | None] = [_host_pattern(h) for h in dict.fromkeys(match.hosts)] or [None]
+    for host in hosts:
+        way = Way(
+            route=route,
+            order=order,
+            methods=frozenset(methods),
+            host=host,
+            on_headers=on_headers,
+            on_query=asked,
+            our_names=frozenset(canonical(name.lower().encode()) for name in dropped),
+            rewrites_request=bool(changes),
+            rewrites_answer=bool(answer.names),
+            keeps_host=rewrite.host == "original",
+            _target=target,
+            _answer=answer,
+            conditional=bool(on_headers or asked),
+        )
+        way.unconditional = not (way.methods or way.host or way.conditional)
+        yield way
 
 
-def _insert(into: list[tuple[Way, tuple[str, ...]]], way: Way, names: list[str]) -> None:
+def _host_pattern(host: str) -> HostPattern:
+    name, port = _host_and_port(host.lower())
+    wildcard = name.startswith("*.")
+    return HostPattern(name[1:] if wildcard else name, wildcard, port)
+
+
+def _host_and_port(host: str) -> tuple[str, str]:
+    """A name's closing dot (the root of DNS) makes it no other name."""
+    if ":" not in host or host.endswith("]"):
+        return host.removesuffix("."), ""
+    name, _, port = host.rpartition(":")
+    return name.removesuffix("."), port
+
+
+def _insert(into: list[tuple[Way, tuple[str, ...]]], ways: tuple[Way, ...], names: list[str]) -> None:
+    route = ways[0].route
     if len(set(names)) != len(names):
-        raise _bad(way.route, "a name occurs twice")
-    into.append((way, tuple(names)))
-    into.sort(key=lambda entry: entry[0].rank)
+        raise _bad(route, "a name occurs twice")
+    _check(route, names)
+    into.extend((way, tuple(names)) for way in ways)
+
+
+def _check(route: Route, names: Sequence[str]) -> None:
+    """What the catalog's reader holds too: that no call comes out of here on a path that would be refused on its way in."""
+    for template in (
+        route.match.path,
+        route.rewrite.set_path,
+        route.rewrite.strip_prefix,
+        route.rewrite.add_prefix,
+    ):
+        if not template:
+            continue
+        literal = "/".join("x" if _NAME.match(segment) else segment for segment in template.split("/"))
+        if not template.startswith("/") or "{" in literal or "}" in literal:
+            raise _bad(route, f"{template!r} does not begin with a slash, or a name takes no whole segment")
+        try:
+            check_path(literal.encode())
+        except Fault as fault:
+            raise _bad(route, f"{template!r}: {fault.detail}") from None
+    parameters = {segment for segment in route.match.path.split("/") if _NAME.match(segment)}
+    for segment in route.rewrite.set_path.split("/"):
+        if _NAME.match(segment) and segment not in parameters:
+            raise _bad(route, f"{segment!r} of set_path is not in the path that is matched")
+    for _, value in route.rewrite.set_query:
+        for variable in re.findall(r"\{([A-Za-z_][A-Za-z0-9_]*)\}", value):
+            if variable not in names:
+                raise _bad(route, f"{{{variable}}} of set_query is not in the path that is matched")
+
+
+def _sort(node: _Node) -> None:
+    """Once, when all are there: thousands of routes may share one template."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        node.ends.sort(key=lambda entry: entry[0].rank)
+        node.rests.sort(key=lambda entry: entry[0].rank)
+        waiting.extend(node.literals.values())
+        if node.names is not None:
+            waiting.append(node.names)
 
 
 def _bad(route: Route, why: str) -> Exception:

@@ -7,29 +7,32 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
 from email.utils import formatdate
 from typing import Any, Final, Protocol
 
 import structlog
 
-from farebox.app.admission import Answer, Call, Door, Headers, Refusal
+from farebox.app.admission import LIMIT_NAMES, Answer, Call, Door, Headers, Refusal
 from farebox.base.errors import refuse
 from farebox.domain.access import FareKind, GatewayCatalog
 from farebox.gateway.connection import ClientConnection
 from farebox.gateway.counters import Counters
 from farebox.gateway.exchange import Exchange
-from farebox.gateway.fields import answer_fields, canonical, request_fields
+from farebox.gateway.fields import answer_fields, request_fields
 from farebox.gateway.forwarding import TrustedProxies
+from farebox.gateway.held_bodies import HeldBodies
+from farebox.gateway.pools import Destination, Pools, Ticker
 from farebox.gateway.routing import RouteTable
 from farebox.gateway.settings import GatewaySettings
-from farebox.gateway.upstream import Destination, Ticker, UpstreamPool
 
 log = structlog.get_logger(__name__)
 
 #: After a drain began. A supervisor that holds the socket as well keeps what arrives later for the next process.
 _ACCEPTS_ON_S: Final = 0.05
+#: How often running calls are held against the business date: the bound within which an ended pass ends its calls.
+_STANDING_EVERY_S: Final = 1.0
 _ID_ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
 
 
@@ -71,6 +74,7 @@ class Gateway:
     """An HTTP/1.1 reverse proxy that asks a ``Door`` before it forwards. One event loop, any number of sockets.
 
     ``log_refusals``/``log_calls`` write one structured line each (at info, at debug); ``on_call`` is told of every call.
+    ``business_now_s``: seconds since the epoch by the business date, for what running calls stand on.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Gateway:
         on_call: Callable[[CallReport], None] | None = None,
         log_refusals: bool = False,
         log_calls: bool = False,
+        business_now_s: Callable[[], float] = time.time,
     ) -> None:
         self.door = door
         self.site = site
@@ -93,6 +98,8 @@ class Gateway:
         self.request_book = request_fields()
         self.answer_book = answer_fields()
         self.contested: set[bytes] = set()
+        for name in LIMIT_NAMES:
+            self.contest(name)
         self.date = formatdate(usegmt=True).encode()
         self.answer_lines = (
             b"Farebox-Sandbox: 1\r\n" if self.settings.sandbox else b""
@@ -106,14 +113,15 @@ class Gateway:
             "req_" + "".join(_ID_ALPHABET[number >> shift & 31] for shift in range(75, -1, -5)) + "_"
         )
         self._ids = itertools.count(1)
-        self._forwarded_names: dict[bytes, bytes] = {}
         self._connections: set[ClientConnection] = set()
         self._servers: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self.buffered_bytes = 0  # of request bodies held whole
+        self.held_bodies = HeldBodies(self.settings)
         self.unattended: set[Exchange] = set()  # their clients left, their payments are still to be settled
-        self._pools: dict[str, UpstreamPool] = {}
-        self._retired: list[UpstreamPool] = []
+        self.timed: set[Exchange] = set()  # they must be over at ``ends_at``
+        self._business_now_s = business_now_s
+        self._standing_looked_at = 0.0
+        self.pools = Pools(self.settings, self.ticker, self.answer_book)
         self._timer: asyncio.TimerHandle | None = None
         self.layout = self._lay_out(catalog)
         self.trusted_proxies = TrustedProxies(catalog.server.trusted_proxies)
@@ -135,18 +143,13 @@ class Gateway:
         Raises ``Refused`` for a catalog that cannot be served, and then keeps the present one.
         """
         trusted = TrustedProxies(catalog.server.trusted_proxies)
-        layout = self._lay_out(catalog)
-        self.layout = layout
+        self.layout = self._lay_out(catalog)
         self.trusted_proxies = trusted
-        in_use = {destination.pool.url for destination in layout.destinations.values()}
-        for url in [u for u in self._pools if u not in in_use]:
-            pool = self._pools.pop(url)
-            pool.retire()
-            self._retired.append(pool)
 
     async def drain(self, timeout_s: float = 30.0) -> None:
         """Serve what waits in the accept queue and what is under way, at most for ``timeout_s``; then close everything."""
         self.draining = True
+        self.pools.stop_probes()
         await asyncio.sleep(_ACCEPTS_ON_S)  # whoever waits in the accept queue is let in first
         for server in self._servers:
             server.close()
@@ -159,8 +162,7 @@ class Gateway:
             await asyncio.sleep(0.02)
         for connection in list(self._connections):
             connection.abort()
-        for pool in [*self._pools.values(), *self._retired]:
-            pool.close()
+        self.pools.close()
         await asyncio.sleep(0)
         if self._tasks:  # settlements that outlast the drain go on to their end
             await asyncio.wait(self._tasks, timeout=max(1.0, end - loop.time()))
@@ -168,27 +170,45 @@ class Gateway:
             self._timer.cancel()
             self._timer = None
 
+    def cut(self, ids: Collection[str]) -> int:
+        """End every running call that stands on one of these subjects (customers, passes) or keys; returns how many.
+
+        One that has no answer yet gets a 401 ``credential_revoked``; a client that has part of one sees its connection close.
+        """
+        ended = 0
+        for connection in list(self._connections):
+            standing = connection.standing
+            if standing is not None and (standing.subject_id in ids or standing.key_id in ids):
+                connection.cut_call(
+                    "credential_revoked", "What this call stood on was taken back while it ran."
+                )
+                ended += 1
+        return ended
+
+    def standing_ids(self) -> set[str]:
+        """The subjects and keys that running calls stand on: whose end would concern this process now."""
+        found: set[str] = set()
+        for connection in self._connections:
+            standing = connection.standing
+            if standing is not None:
+                found.add(standing.subject_id)
+                if standing.key_id:
+                    found.add(standing.key_id)
+        return found
+
     def _lay_out(self, catalog: GatewayCatalog) -> Layout:
         site = self.site
         table = RouteTable(catalog, site.owns if site is not None else _owns_nothing)
-        destinations: dict[str, Destination] = {}
-        fresh: dict[str, UpstreamPool] = {}
-        for upstream in catalog.upstreams:
-            pool = self._pools.get(upstream.url) or fresh.get(upstream.url)
-            if pool is None:
-                pool = fresh[upstream.url] = UpstreamPool(
-                    upstream.url, self.settings, self.ticker, self.answer_book
-                )
-            destinations[upstream.id] = Destination(pool, upstream.timeout_s)
+        plan = self.pools.plan(catalog.upstreams)
         for route in catalog.routes:
-            if route.upstream not in destinations:
+            if route.upstream not in plan.destinations:
                 raise refuse(
                     "UPSTREAM_UNKNOWN",
                     f"route {route.id}: there is no upstream {route.upstream!r}",
                     "upstream",
                 )
-        self._pools.update(fresh)
-        return Layout(catalog, table, destinations)
+        self.pools.follow(plan)
+        return Layout(catalog, table, plan.destinations)
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
@@ -197,11 +217,21 @@ class Gateway:
         self._timer = loop.call_later(self.settings.tick_s, self._tick)
         for connection in [c for c in self._connections if c.deadline < now]:
             connection.expire()
-        for pool in self._pools.values():
-            pool.tick()
-        for pool in self._retired:
-            pool.tick()
-        self._retired = [pool for pool in self._retired if pool.connections]
+        self.pools.tick()
+        if self.timed:
+            for exchange in [e for e in self.timed if e.ends_at < now]:
+                exchange.overdue()
+        if now - self._standing_looked_at >= _STANDING_EVERY_S:
+            self._standing_looked_at = now
+            self._cut_expired()
+
+    def _cut_expired(self) -> None:
+        """End the calls whose pass or grant ended while they ran."""
+        now_s = self._business_now_s()
+        for connection in [c for c in self._connections if c.stands_until_s <= now_s]:
+            connection.cut_call(
+                "pass_ended", "What this call stood on ended while it ran; the rest was not sent."
+            )
 
     # ── for its connections and exchanges ───────────────────────────────────────────────────────────────────────────
 
@@ -220,6 +250,11 @@ class Gateway:
         self._connections.discard(connection)
         self.counters.connections_open -= 1
 
+    @property
+    def buffered_bytes(self) -> int:
+        """Of request bodies held whole."""
+        return self.held_bodies.bytes
+
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run what must wait; it is never cancelled (a settlement has to know its end)."""
         task = asyncio.get_running_loop().create_task(work)
@@ -231,21 +266,14 @@ class Gateway:
         self.contested.add(name)
         self.answer_book.contest(name.lower())
 
-    def forwarded_name(self, name: bytes) -> bytes:
-        """The canonical form of a name that decisions set towards the upstream; empty for those no client can set."""
-        known = self._forwarded_names.get(name)
-        if known is None:
-            lower = canonical(name.lower())
-            known = self._forwarded_names[name] = b"" if lower.startswith(b"farebox-") else lower
-        return known
-
     def call_ended(self, exchange: Exchange, status: int, code: str | None) -> None:
         """An admitted call is over, well or not."""
         if self.unattended:
             self.unattended.discard(exchange)
-        if exchange.buffered_bytes:
-            self.buffered_bytes -= exchange.buffered_bytes
-            exchange.buffered_bytes = 0
+        if self.timed:
+            self.timed.discard(exchange)
+        if exchange.held_body is not None:
+            exchange.held_body.give_back()
         duration_s = time.monotonic() - exchange.started
         call, fare = exchange.call, exchange.admitted.fare
         self.counters.call(call.route.id, fare, status, exchange.bytes_up, exchange.bytes_down, duration_s)

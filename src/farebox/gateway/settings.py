@@ -23,6 +23,7 @@ class GatewaySettings:
     paid_body_bytes_max: int = MIB  # 413; held in memory because an exact fare binds its digest
     site_body_bytes_max: int = 64 * KIB  # 413; bodies for /.farebox/*
     buffered_bytes_max: int = 64 * MIB  # 503; all such bodies of this process together
+    buffered_bytes_per_client_max: int = 16 * MIB  # 429; those of one client address
     unread_body_bytes_max: int = 64 * KIB  # what is read off after a refusal to keep the connection
     ahead_bytes_max: int = 64 * KIB  # what a client may send ahead (pipelining) before we stop reading
 
@@ -32,7 +33,11 @@ class GatewaySettings:
     head_timeout_s: float = 10.0  # from the first byte of a head to its last (slowloris): 408
     idle_timeout_s: float = 75.0  # between two requests
     body_stall_timeout_s: float = 30.0  # between two pieces of a request body: 408
+    paid_body_timeout_s: float = (
+        60.0  # for the whole of a body that is held, however steadily it trickles: 408
+    )
     write_stall_timeout_s: float = 60.0  # a client that takes nothing of its answer
+    tunnel_idle_timeout_s: float = 300.0  # a WebSocket or another tunnel in which nothing moves either way
     linger_s: float = 2.0  # reading off what a refused client still sends, so that it sees the answer
 
     # What an upstream may hold or wait for. The wait for its first byte is the upstream's own timeout_s.
@@ -45,5 +50,9 @@ class GatewaySettings:
     upstream_idle_timeout_s: float = (
         4.0  # shorter than the 5 s after which Node and uvicorn hang up: no stale reuse
     )
+    attempts_max: int = 2  # targets that one call is taken to, when those before cannot be reached
+    strikes_max: int = 3  # failures in a row after which a target is left out
+    ejection_s: float = 5.0  # for so long at first, and twice as long each time again
+    ejection_s_max: float = 60.0
 
     tick_s: float = 0.25  # how often deadlines are looked at, and so how exact they are

@@ -6,7 +6,9 @@ with the database, the answer is the same: forget what was thought, ask it how f
 
 A process is dead when its lock is free. Then its calls without an ending are orphans (billed where the route charges
 always, as they may have been answered; otherwise only reported), what its leases did not spend goes back to the
-counters, and the process is settled: all in one transaction.
+counters, and the process is settled: all in one transaction. Calls and credits are known to the unit; bytes too, but
+for a grant with a call under way at the death: how far it came is not known, and counts as all that was leased. Slots
+and shares of rates are free: whoever held them is dead. Where files are missing, what was leased counts as spent.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ import structlog
 
 from farebox.app.ports.spool import Rider
 from farebox.base.errors import InvariantError, Unavailable
+from farebox.domain.limits import BYTE_KINDS, RATE_KINDS
 from farebox.gateway.spool import (
     MAGIC,
     AdmittedRecord,
@@ -37,10 +39,12 @@ from farebox.gateway.spool import (
     boot_id,
     decode,
     decode_rider,
+    file_name,
     lock_path,
     try_lock,
 )
 from farebox.store import limits, processes, spool
+from farebox.store.limits import OpenLease
 from farebox.store.pool import Database
 
 READ_BYTES_MAX: Final = 4 * 1024 * 1024
@@ -49,6 +53,8 @@ BATCH_ROWS_MAX: Final = 10_000
 CLAIM_MARGIN_S: Final = 1.0
 BACK_OFF_S: Final = (0.2, 0.5, 1.0, 2.0)
 _STUBS_KEPT_MAX: Final = 20_000
+#: A living process beats once a second; one without a lock file is taken for dead after this long.
+LOCKLESS_DEAD_AFTER_S: Final = 120.0
 #: What the first bytes of every version's files have in common.
 _MAGIC_OF_ALL: Final = b"FBXSPL"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -192,6 +198,8 @@ class _Source:
         lock = try_lock(lock_path(self.shipper._directory, self.process_id))
         try:
             files = self._files()
+            if lock is not None:
+                self._look_for_missing(files)
             for number, file in enumerate(files):
                 if file < self.file:
                     raise InvariantError(f"spool file {file} appeared behind {self.file}")
@@ -200,12 +208,21 @@ class _Source:
                 if not last:
                     self._path(file).unlink()
             if lock is None:
+                await self._lock_for_the_dead()
                 return False
             await self._settle(files[-1] if files else None, lock)
             return True
         finally:
             if lock is not None:
                 os.close(lock)
+
+    def _look_for_missing(self, files: list[str]) -> None:
+        """Who held a lease had a file, and the last one read stays until a later one is there: else somebody deleted it."""
+        known = max(self.file, max(self.delivered, default=""))
+        if files[-1:] < [known or file_name(self.process_id, 0)] and not self.damaged:
+            self.damaged = True
+            self.shipper.counts.damaged_files += 1
+            log.error("spool_file_missing", process_id=self.process_id, file=known)
 
     def claim(self, began_us: int) -> datetime:
         """Every call of this process before this instant is in the database."""
@@ -220,6 +237,19 @@ class _Source:
             self.delivered = await spool.delivered(tx, self.process_id)
         self.begun = True
         return False
+
+    async def _lock_for_the_dead(self) -> None:
+        """A spool whose lock file was lost has nobody to let it go. Once its process is silent for long enough it gets an
+        empty one: the next round settles it, and what cannot be known of its leases counts as spent."""
+        path = lock_path(self.shipper._directory, self.process_id)
+        if path.exists():
+            return
+        async with self.shipper._database.connection() as tx:
+            silent_s = await processes.silent_s(tx, self.process_id)
+        if silent_s is None or silent_s > LOCKLESS_DEAD_AFTER_S:
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            log.warning("spool_without_lock", process_id=self.process_id)
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -283,10 +313,12 @@ class _Source:
                 if not record.billed:
                     self._spend(admitted.lease_ids, -1)
                 elif fresh:
+                    credits = "" if record.credits is None else f',"credits":{record.credits}'
                     self._add(
                         admitted,
-                        f'"status":{record.status},"bytes_up":{record.bytes_up},"bytes_down":{record.bytes_down}',
+                        f'"status":{record.status},"bytes_up":{record.bytes_up},"bytes_down":{record.bytes_down}{credits}',
                     )
+                self.used.update(record.used)
             case LeasesRecord():
                 self.used.update(record.used)
             case StubRecord():
@@ -348,7 +380,8 @@ class _Source:
         async with self.shipper._database.transaction() as tx:
             if await processes.settle(tx, self.process_id):
                 held = await limits.open_of(tx, self.process_id)
-                await limits.give_back(tx, self.process_id, self._spent_of(held, certain=certain))
+                used = {lease_id: self._used_of(lease_id, lease, certain) for lease_id, lease in held.items()}
+                await limits.give_back(tx, self.process_id, used)
             elif await processes.is_settled(tx, self.process_id):
                 self.rows.clear()  # by a shipper that was killed right after it
             else:
@@ -365,13 +398,17 @@ class _Source:
             "process_settled", process_id=self.process_id, orphans_billed=billed, orphans_dropped=dropped
         )
 
-    def _spent_of(self, held: Mapping[int, int], *, certain: bool) -> dict[int, int]:
-        """Units used of each open lease. What cannot be known counts as spent."""
-        if not certain:
-            return dict(held)
-        return {
-            lease_id: min(granted, max(0, self.used.get(lease_id, 0))) for lease_id, granted in held.items()
-        }
+    def _used_of(self, lease_id: int, lease: OpenLease, certain: bool) -> int:
+        """Units used of an open lease. What cannot be known counts as spent."""
+        if lease.kind == "concurrency" or lease.kind in RATE_KINDS:
+            return 0
+        if not certain or (lease.kind in BYTE_KINDS and lease.grant_id in self._grants_under_way()):
+            return lease.granted
+        used = max(0, self.used.get(lease_id, 0))
+        return used if lease.kind == "credits" else min(lease.granted, used)
+
+    def _grants_under_way(self) -> set[str]:
+        return {self.shipper._prepared(admitted.stub).grant_id for admitted in self.open.values()}
 
     def _same_boot(self, lock: int) -> bool:
         """Whether the process lived in this boot: else the machine went down under it, and the last records may be lost."""
@@ -409,6 +446,7 @@ class _Prepared:
     columns: str
     properties: str
     billed_when_orphaned: bool
+    grant_id: str
 
 
 def _prepare(rider: Rider) -> _Prepared:
@@ -421,6 +459,7 @@ def _prepare(rider: Rider) -> _Prepared:
         else "",
         properties=_copied(text[:-1]),
         billed_when_orphaned=rider.billed_when_orphaned,
+        grant_id=rider.grant_id,
     )
 
 

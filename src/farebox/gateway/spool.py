@@ -4,7 +4,8 @@ A record is one ``write``: what the process has written survives its SIGKILL. Wh
 ``length u32 · crc32 u32 · type u8 · payload`` (little endian, the checksum covers type and payload)::
 
     ADMITTED  number u64, microseconds u64, request id, lease ids, stub        before the call is forwarded
-    DONE      number u64, status u16, bytes up u64, bytes down u64, billed u8   before the answer's last bytes go out
+    DONE      number u64, status u16, bytes up u64, bytes down u64, flags u8, credits i32, (lease id u64, used i64) …
+                                              before the answer's last bytes go out
     CARRIED   as ADMITTED                     calls still open when the file was begun
     LEASES    (lease id u64, used i64) …      what was used of each open lease when the file was begun
     STUB      id u32, stub                    only where detail is dropped
@@ -34,7 +35,7 @@ from farebox.app.ports.spool import Rider, SpoolFull
 from farebox.base.errors import InvariantError
 from farebox.domain.access import FareKind
 
-MAGIC: Final = b"FBXSPL1\n"
+MAGIC: Final = b"FBXSPL2\n"
 RECORD_BYTES_MAX: Final = 65_536
 LEASES_PER_RECORD: Final = 1_000
 #: Where detail is dropped the spool may grow to this many times its limit before it refuses after all.
@@ -44,9 +45,12 @@ ADMITTED, DONE, CARRIED, LEASES, STUB, COUNTED = 1, 2, 3, 4, 5, 6
 
 _FRAME = struct.Struct("<IIB")
 _OPENING = struct.Struct("<QQB")
-_DONE = struct.Struct("<QHQQB")
+_DONE = struct.Struct("<QHQQBi")
 _LEASE = struct.Struct("<Qq")
 _COUNTED = struct.Struct("<QIB")
+#: Flags of a done record, and of a rider.
+_BILLED, _CREDITS_SAID = 1, 2
+_BILLED_WHEN_ORPHANED, _METERED = 1, 2
 #: The checksum begins with the type.
 _SEEDS = {kind: zlib.crc32(bytes((kind,))) for kind in range(ADMITTED, COUNTED + 1)}
 _LEASE_IDS = [struct.Struct(f"<{n}Q") for n in range(256)]
@@ -74,6 +78,8 @@ class DoneRecord:
     bytes_up: int
     bytes_down: int
     billed: bool
+    used: tuple[tuple[int, int], ...] = ()
+    credits: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +114,7 @@ def encode(record: Record) -> bytes:
             payload = _opening(record.number, record.at_us, record.request_id, record.lease_ids, record.stub)
             return _framed(CARRIED if record.carried else ADMITTED, payload)
         case DoneRecord():
-            return _framed(
-                DONE,
-                _DONE.pack(record.number, record.status, record.bytes_up, record.bytes_down, record.billed),
-            )
+            return _framed(DONE, _ending(record))
         case LeasesRecord():
             return _framed(LEASES, b"".join(_LEASE.pack(*pair) for pair in record.used))
         case StubRecord():
@@ -156,8 +159,16 @@ def decode(data: bytes, offset: int = 0, *, base: int = 0) -> Read:
 
 def _decoded(kind: int, payload: bytes) -> Record:
     if kind == DONE:
-        number, status, up, down, billed = _DONE.unpack(payload)
-        return DoneRecord(number, status, up, down, bool(billed))
+        number, status, up, down, flags, credits = _DONE.unpack_from(payload)
+        return DoneRecord(
+            number,
+            status,
+            up,
+            down,
+            bool(flags & _BILLED),
+            tuple(_LEASE.iter_unpack(payload[_DONE.size :])),
+            credits if flags & _CREDITS_SAID else None,
+        )
     if kind in (ADMITTED, CARRIED):
         number, at_us, id_length = _OPENING.unpack_from(payload)
         at = _OPENING.size + id_length
@@ -198,6 +209,14 @@ def _opening(number: int, at_us: int, request_id: str, lease_ids: Sequence[int],
     )
 
 
+def _ending(record: DoneRecord) -> bytes:
+    flags = _BILLED * record.billed | _CREDITS_SAID * (record.credits is not None)
+    known = _DONE.pack(
+        record.number, record.status, record.bytes_up, record.bytes_down, flags, record.credits or 0
+    )
+    return known + b"".join(_LEASE.pack(*pair) for pair in record.used) if record.used else known
+
+
 def _counted(at_us: int, stub_id: int, lease_ids: Sequence[int]) -> bytes:
     count = len(lease_ids)
     return _COUNTED.pack(at_us, stub_id, count) + _LEASE_IDS[count].pack(*lease_ids)
@@ -218,7 +237,8 @@ def encode_rider(rider: Rider) -> bytes:
     encoded = [text.encode() for text in texts]
     if sum(map(len, encoded)) > RECORD_BYTES_MAX // 2:
         raise InvariantError("a rider's names are too long for a spool record")
-    return bytes((rider.billed_when_orphaned,)) + b"".join(len(e).to_bytes(2, "little") + e for e in encoded)
+    flags = _BILLED_WHEN_ORPHANED * rider.billed_when_orphaned | _METERED * rider.metered
+    return bytes((flags,)) + b"".join(len(e).to_bytes(2, "little") + e for e in encoded)
 
 
 def decode_rider(stub: bytes) -> Rider:
@@ -243,7 +263,8 @@ def decode_rider(stub: bytes) -> Rider:
         grant_id,
         pass_id,
         payer,
-        bool(stub[0]),
+        bool(stub[0] & _BILLED_WHEN_ORPHANED),
+        bool(stub[0] & _METERED),
     )
 
 
@@ -332,8 +353,9 @@ class Spool:
         if self.full:
             raise SpoolFull(f"the spool holds more than {self._bytes_max} bytes that are not shipped")
         at_us = int(self._business_now_s() * 1_000_000)
-        # A call that is billed only when it succeeds keeps its records: without an ending it could not be judged.
-        if self.counting and stub[0]:
+        # A call that is billed only when it succeeds keeps its records: without an ending it could not be judged. So does one
+        # of limited bytes or credits: what was used of them would not be known.
+        if self.counting and stub[0] == _BILLED_WHEN_ORPHANED:
             self._count(at_us, stub, lease_ids)
             self._rotate_if_large()
             return 0
@@ -345,11 +367,24 @@ class Spool:
         self._rotate_if_large()
         return number
 
-    def done(self, number: int, status: int, bytes_up: int, bytes_down: int, billed: bool) -> None:
+    def done(
+        self,
+        number: int,
+        status: int,
+        bytes_up: int,
+        bytes_down: int,
+        billed: bool,
+        used: Sequence[tuple[int, int]] = (),
+        credits: int | None = None,
+    ) -> None:
         """A full disk is no reason to fail here: the ending is kept and written when there is room again."""
         if number not in self._open:
             return
-        record = _framed(DONE, _DONE.pack(number, status, bytes_up, bytes_down, billed))
+        if used or credits is not None:
+            ending = _ending(DoneRecord(number, status, bytes_up, bytes_down, billed, tuple(used), credits))
+        else:
+            ending = _DONE.pack(number, status, bytes_up, bytes_down, billed, 0)
+        record = _framed(DONE, ending)
         try:
             self._write(record)
         except SpoolFull:

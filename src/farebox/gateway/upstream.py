@@ -1,37 +1,25 @@
-"""Keep-alive connections to one target, and how an answer is read from them. Knows nothing of clients, routes or fares.
+"""A keep-alive connection to one target, and how an answer is read from it. Knows nothing of clients, routes or fares.
 
-A ``Caller`` asks the pool for a connection, sends its request on it and is called back with what comes: the same pool
+A ``Caller`` asks the pool (pools.py) for a connection, sends its request on it and is called back with what comes: the same pool
 serves the proxy and any other outbound HTTP/1.1 of the house.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ssl
-from collections import deque
-from dataclasses import dataclass
-from typing import Final, Protocol, cast
-from urllib.parse import urlsplit
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
-from farebox.base.errors import refuse
 from farebox.gateway.bodies import Body, ChunkedBody, EndlessBody, LengthBody
-from farebox.gateway.fields import FieldBook, answer_fields
 from farebox.gateway.heads import HEAD_END, AnswerHead, read_answer_head
 from farebox.gateway.problems import Fault
-from farebox.gateway.settings import GatewaySettings
+
+if TYPE_CHECKING:
+    from farebox.gateway.pools import UpstreamPool
 
 NEVER: Final = float("inf")
 _INTERIM_ANSWERS_MAX: Final = 16
 _HEAD_KEPT_BYTES_MAX: Final = 1024
-
-
-class Ticker:
-    """The time, to the tick: monotonic seconds, moved by whoever owns the loop's timer. Deadlines are compared with it."""
-
-    __slots__ = ("now",)
-
-    def __init__(self) -> None:
-        self.now = 0.0
 
 
 class Caller(Protocol):
@@ -46,11 +34,18 @@ class Caller(Protocol):
     def interim(self, head: AnswerHead) -> None:
         """A 1xx other than 100 and 101."""
 
+    def switches(self, head: AnswerHead) -> bool:
+        """Whether this 101 is an answer to what was asked. If so it comes as ``answered``, never with an end, and the
+        connection is to be taken over (``hand_over``) or dropped."""
+
     def answered(self, head: AnswerHead, payload: bytes, ended: bool) -> None:
         """The head, with as much of the body as came with it."""
 
     def answered_more(self, payload: bytes, ended: bool) -> None:
         """More of the body."""
+
+    def trailed(self, lines: Sequence[bytes]) -> None:
+        """The trailers of a chunked answer, when it has some: told right before its end."""
 
     def failed(self, code: str, detail: str, unheard: bool) -> None:
         """No (more) answer. ``unheard``: a reused connection was closed before a byte of the answer, which is what a
@@ -136,6 +131,22 @@ class UpstreamConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def leave(self) -> None:
+        """The caller wants no more of this; what was written still goes out, for as long as it moves."""
+        self._caller = None
+        self.deadline = self._pool.ticker.now + self._stall_s
+        if self._transport is not None:
+            self._transport.close()
+
+    def hand_over(self, protocol: asyncio.Protocol) -> asyncio.Transport:
+        """After a 101: from now on ``protocol`` hears what comes. Told of the connection's loss it tells us."""
+        assert self._transport is not None
+        self.resume()
+        self._caller = None
+        self.deadline = NEVER
+        self._transport.set_protocol(protocol)
+        return self._transport
+
     # For the pool
 
     @property
@@ -148,6 +159,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
         if caller is not None:
+            self._pool.strike("it did not answer in time")
             caller.failed("upstream_timeout", "The upstream did not answer in time.", False)
 
     # From the event loop
@@ -171,6 +183,8 @@ class UpstreamConnection(asyncio.Protocol):
                 assert body is not None
                 payload, ended, rest = body.feed(data)
                 if ended:
+                    if body.trailers:
+                        caller.trailed(body.trailers)
                     self._give_back(bool(rest))
                 else:
                     self.deadline = self._pool.ticker.now + self._stall_s
@@ -191,6 +205,8 @@ class UpstreamConnection(asyncio.Protocol):
             caller.answered_more(b"", True)
             return
         unheard = self.reused and self._reads_head and not self._inbox and not self._interims
+        if not unheard:
+            self._pool.strike("it closed a connection before its answer was complete")
         caller.failed(
             "upstream_failed", "The upstream closed the connection before its answer was complete.", unheard
         )
@@ -227,6 +243,11 @@ class UpstreamConnection(asyncio.Protocol):
             if head.status >= 200:
                 break
             self._interims += 1
+            if head.status == 101 and caller.switches(head):
+                self._reads_head, self._body, self._last = False, EndlessBody(), True
+                self.deadline = self._pool.ticker.now + self._stall_s
+                caller.answered(head, data[end + 4 :], False)
+                return
             if head.status == 101 or self._interims > _INTERIM_ANSWERS_MAX:
                 raise Fault("upstream_malformed", "an interim answer that was not asked for")
             if head.status != 100:
@@ -235,6 +256,8 @@ class UpstreamConnection(asyncio.Protocol):
             if not data:
                 return
 
+        if self._pool.health.shaky:
+            self._pool.heard()
         rest = data[end + 4 :]
         status = head.status
         self._reads_head = False
@@ -249,6 +272,8 @@ class UpstreamConnection(asyncio.Protocol):
         else:
             self._body = ChunkedBody() if head.chunked else EndlessBody()
             payload, ended, rest = self._body.feed(rest)
+            if ended and self._body.trailers:
+                caller.trailed(self._body.trailers)
         if ended:
             self._give_back(bool(rest) or not head.keep_alive)
         else:
@@ -281,146 +306,5 @@ class UpstreamConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
         if caller is not None:
+            self._pool.strike("its answer was malformed")
             caller.failed("upstream_malformed", detail, False)
-
-
-class UpstreamPool:
-    """The connections to one target (``http://host:port``), at most ``upstream_connections_max`` of them."""
-
-    def __init__(
-        self, url: str, settings: GatewaySettings, ticker: Ticker, book: FieldBook | None = None
-    ) -> None:
-        parts = urlsplit(url)
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or parts.query
-            or parts.fragment
-            or parts.username
-        ):
-            raise refuse("UPSTREAM_URL_MALFORMED", f"{url!r} is not http(s)://host[:port][/path]", "url")
-        self.url = url
-        self.settings = settings
-        self.ticker = ticker
-        self.book = book or answer_fields()
-        self.host_line = b"Host: " + parts.netloc.encode("idna" if not parts.netloc.isascii() else "ascii")
-        self.base_path = parts.path.rstrip("/").encode("ascii")
-        self._host = parts.hostname
-        self._port = parts.port or (443 if parts.scheme == "https" else 80)
-        self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
-        self._idle: list[UpstreamConnection] = []
-        self._all: set[UpstreamConnection] = set()
-        self._waiting: deque[tuple[float, Caller]] = deque()  # since when
-        self._connecting: set[asyncio.Task[None]] = set()
-        self._retired = False
-
-    @property
-    def connections(self) -> int:
-        return len(self._all)
-
-    def take(self) -> UpstreamConnection | None:
-        """An idle connection, the one used last first; None when one must be waited for (``wait``)."""
-        idle = self._idle
-        while idle:
-            connection = idle.pop()
-            if connection.usable:
-                return connection
-        return None
-
-    def wait(self, caller: Caller) -> None:
-        """Call ``connected`` (or ``not_connected``) as soon as a fresh or returned connection is there."""
-        if len(self._waiting) >= self.settings.upstream_waiting_max:
-            caller.not_connected("upstream_busy", "Too many calls wait for this upstream.")
-            return
-        self._waiting.append((self.ticker.now, caller))
-        self._connect_for_those_who_wait()
-
-    def leave(self, caller: Caller) -> None:
-        """The caller no longer waits."""
-        self._waiting = deque(entry for entry in self._waiting if entry[1] is not caller)
-
-    def give_back(self, connection: UpstreamConnection) -> None:
-        if self._waiting:
-            self._waiting.popleft()[1].connected(connection)
-        elif self._retired:
-            connection.drop()
-        else:
-            connection.idle_since = self.ticker.now
-            self._idle.append(connection)
-
-    def lost(self, connection: UpstreamConnection) -> None:
-        self._all.discard(connection)
-        if connection in self._idle:
-            self._idle.remove(connection)
-        self._connect_for_those_who_wait()
-
-    def tick(self) -> None:
-        """Close what was idle for too long and fail what waited for too long."""
-        now = self.ticker.now
-        for connection in [c for c in self._all if c.deadline < now]:
-            connection.expire()
-        oldest = now - self.settings.upstream_idle_timeout_s
-        while self._idle and self._idle[0].idle_since < oldest:
-            self._idle.pop(0).drop()
-        while self._waiting and self._waiting[0][0] < now - self.settings.upstream_waiting_timeout_s:
-            self._refuse_one("upstream_busy", "All connections to this upstream stayed busy.")
-
-    def retire(self) -> None:
-        """No new calls will come: close idle connections now and lent ones when they return."""
-        self._retired = True
-        while self._idle:
-            self._idle.pop().drop()
-
-    def close(self) -> None:
-        """Close everything at once."""
-        self.retire()
-        for task in self._connecting:
-            task.cancel()
-        for connection in list(self._all):
-            connection.expire()
-
-    def _connect_for_those_who_wait(self) -> None:
-        while (
-            len(self._connecting) < len(self._waiting)
-            and len(self._all) + len(self._connecting) < self.settings.upstream_connections_max
-        ):
-            task = asyncio.get_running_loop().create_task(self._connect())
-            self._connecting.add(task)
-            task.add_done_callback(self._connected)
-
-    def _connected(self, task: asyncio.Task[None]) -> None:
-        self._connecting.discard(task)
-        if not task.cancelled():
-            self._connect_for_those_who_wait()
-
-    async def _connect(self) -> None:
-        connection = UpstreamConnection(self)
-        try:
-            async with asyncio.timeout(self.settings.connect_timeout_s):
-                await asyncio.get_running_loop().create_connection(
-                    lambda: connection,
-                    self._host,
-                    self._port,
-                    ssl=self._ssl,
-                    server_hostname=self._host if self._ssl else None,
-                )
-        except TimeoutError:
-            self._refuse_one("upstream_timeout", "The upstream did not take the connection in time.")
-        except (OSError, ssl.SSLError):
-            self._refuse_one("upstream_unreachable", "The upstream cannot be reached.")
-        else:
-            self._all.add(connection)
-            if connection.usable:
-                self.give_back(connection)
-
-    def _refuse_one(self, code: str, detail: str) -> None:
-        if self._waiting:
-            self._waiting.popleft()[1].not_connected(code, detail)
-
-
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """Where a route's calls go, and how long they wait for the first byte of an answer."""
-
-    pool: UpstreamPool
-    timeout_s: float

@@ -6,6 +6,7 @@ that no gateway can keep serving an old one because a caller forgot to say so.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, LiteralString, cast
@@ -45,11 +46,12 @@ _PUT: LiteralString = """
 # spent is never touched: what was called stays called when a plan changes in the middle of a period.
 _PUT_COUNTER: LiteralString = """
     INSERT INTO limit_counter AS old
-           (id, grant_id, customer_id, feature_key, metric_key, capacity, hard, period_start, period_end)
-    VALUES (%(id)s, %(grant_id)s, %(customer_id)s, %(feature_key)s, %(metric_key)s, %(capacity)s, %(hard)s,
-            %(period_start)s, %(period_end)s)
+           (id, grant_id, customer_id, feature_key, metric_key, kind, capacity, hard, window_s, period_start, period_end)
+    VALUES (%(id)s, %(grant_id)s, %(customer_id)s, %(feature_key)s, %(metric_key)s, %(kind)s, %(capacity)s, %(hard)s,
+            %(window_s)s, %(period_start)s, %(period_end)s)
     ON CONFLICT (id) DO UPDATE
-       SET grant_id = excluded.grant_id, metric_key = excluded.metric_key, capacity = excluded.capacity, hard = excluded.hard,
+       SET grant_id = excluded.grant_id, metric_key = excluded.metric_key, kind = excluded.kind, capacity = excluded.capacity,
+           hard = excluded.hard, window_s = excluded.window_s,
            period_start = coalesce(excluded.period_start, old.period_start),
            period_end = coalesce(excluded.period_end, old.period_end)"""
 
@@ -87,8 +89,11 @@ async def put(tx: Tx, grant: AdmissionGrant, period: Period | None = None) -> Ad
                     "customer_id": grant.subject_id if grant.subject_kind == "customer" else None,
                     "feature_key": limit.feature_key,
                     "metric_key": limit.metric_key,
+                    "kind": limit.kind,
                     "capacity": limit.limit,
                     "hard": limit.on_exceed == "block",
+                    # A rate's window bounds its burst in each process; its counter knows shares, not windows.
+                    "window_s": limit.window_s if limit.kind == "requests" else None,
                     "period_start": period and period.start,
                     "period_end": period and period.end,
                 },
@@ -145,7 +150,19 @@ async def by_subject(tx: Tx, subject_kind: str, subject_id: str) -> AdmissionGra
     return None if row is None else _grant(row)
 
 
-def _limit_document(limit: GrantLimit) -> dict[str, str | None]:
+_REVOKED_AMONG: LiteralString = """
+    SELECT subject_id FROM admission_grant
+     WHERE subject_kind IN ('customer', 'pass') AND subject_id = ANY(%(ids)s) AND revoked_at IS NOT NULL
+    UNION
+    SELECT id FROM customer_key WHERE id = ANY(%(ids)s) AND revoked_at IS NOT NULL"""
+
+
+async def revoked_among(tx: Tx, ids: Collection[str]) -> set[str]:
+    """Which of these ids of customers, passes and customer keys are revoked."""
+    return {row[0] for row in await (await tx.execute(_REVOKED_AMONG, {"ids": list(ids)})).fetchall()}
+
+
+def _limit_document(limit: GrantLimit) -> dict[str, Any]:
     return {
         "counter_id": limit.counter_id,
         "kind": limit.kind,
@@ -153,6 +170,7 @@ def _limit_document(limit: GrantLimit) -> dict[str, str | None]:
         "feature_key": limit.feature_key,
         "metric_key": limit.metric_key,
         "on_exceed": limit.on_exceed,
+        **({} if limit.window_s is None else {"window_s": limit.window_s}),
     }
 
 

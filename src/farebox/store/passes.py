@@ -1,4 +1,4 @@
-"""Passes: what was bought or granted. What is left of one lives in its counter (store/limits)."""
+"""Passes: what was bought or granted. What is left of one lives in its counters (store/limits)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any, LiteralString
 
 from psycopg.types.json import Jsonb
 
-from farebox.domain.passes import Pass, limits_document, limits_from_document
+from farebox.domain.limits import limits_document, limits_from_document
+from farebox.domain.passes import Pass
 from farebox.store.pool import Tx
 
 _ADD: LiteralString = """
@@ -67,15 +68,6 @@ _REVOKE: LiteralString = """
 async def revoke(tx: Tx, pass_id: str, at: datetime) -> bool:
     """End a pass for good. False: there is none, or it was revoked before."""
     return (await tx.execute(_REVOKE, {"id": pass_id, "at": at})).rowcount == 1
-
-
-_SPENT: LiteralString = "SELECT spent FROM limit_counter WHERE id = %(id)s"
-
-
-async def spent(tx: Tx, counter_id: str) -> int:
-    """What was taken from a pass's counter, open leases included."""
-    row = await (await tx.execute(_SPENT, {"id": counter_id})).fetchone()
-    return 0 if row is None else int(row[0])
 
 
 def _pass(row: tuple[Any, ...]) -> Pass:

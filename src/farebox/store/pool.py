@@ -13,11 +13,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import select
+import socket
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final, Self
+from weakref import WeakKeyDictionary
 
 import psycopg
 import psycopg_pool
@@ -31,6 +34,8 @@ Tx = psycopg.AsyncConnection[TupleRow]
 #: How often an absent database is tried again, and how long a caller waits for one that is known to be away.
 PROBE_EVERY_S: Final = 0.25
 AWAY_WAIT_S: Final = 0.5
+#: The last part of an answer's time, left to a loop that was busy: what has arrived by then is read before it is judged.
+GRACE_S: Final = 0.25
 
 _log = logging.getLogger(__name__)
 # The pool library warns of every failed attempt, a dozen a second in an outage. We say once when it begins and ends.
@@ -59,6 +64,8 @@ class Database:
         self._away = False
         self._closing = False
         self._probe: asyncio.Task[None] | None = None
+        self._generation = 0
+        self._made_in: WeakKeyDictionary[Tx, int] = WeakKeyDictionary()
         self._pool: psycopg_pool.AsyncConnectionPool[Tx] = psycopg_pool.AsyncConnectionPool(
             url,
             min_size=size_min,
@@ -125,12 +132,27 @@ class Database:
         """Whether the last attempt to connect failed."""
         return self._away
 
+    def distrust(self) -> None:
+        """The way to the server was seen broken: connections opened before now may lead nowhere and are not used again.
+
+        Those in use go on: what waits for an answer on them has its own bound.
+        """
+        self._generation += 1
+
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[Tx]:
-        """A connection in autocommit: each statement is its own transaction. For reads and single statements."""
-        connection = await self._checkout()
+    async def connection(self, *, within_s: float | None = None) -> AsyncIterator[Tx]:
+        """A connection in autocommit: each statement is its own transaction. For reads and single statements.
+
+        ``within_s``: the whole block, or ``Unavailable``. A server that says nothing for as long is hung up on.
+        """
+        asked_at = time.monotonic()
+        connection = await self._checkout(within_s)
         try:
-            yield connection
+            if within_s is None:
+                yield connection
+            else:
+                with answering(connection, within_s - (time.monotonic() - asked_at)):
+                    yield connection
         except psycopg.Error as error:
             raise self._whose_fault(error, connection) from error
         finally:
@@ -164,8 +186,9 @@ class Database:
 
     # ── connections ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _checkout(self) -> Tx:
-        deadline = time.monotonic() + self._checkout_timeout_s
+    async def _checkout(self, within_s: float | None = None) -> Tx:
+        timeout_s = self._checkout_timeout_s if within_s is None else min(within_s, self._checkout_timeout_s)
+        deadline = time.monotonic() + timeout_s
         while True:
             left_s = deadline - time.monotonic()
             try:
@@ -176,11 +199,13 @@ class Database:
                     raise Unavailable("the database is away") from error
                 if left_s > AWAY_WAIT_S:
                     continue
-                raise Unavailable(
-                    f"no database connection was free within {self._checkout_timeout_s:g} s"
-                ) from error
+                raise Unavailable(f"no database connection was free within {timeout_s:g} s") from error
             except psycopg_pool.PoolClosed as error:
                 raise Unavailable("the connections to the database are closed") from error
+            if self._made_in.get(connection) != self._generation:
+                await connection.close()
+                await self._pool.putconn(connection)
+                continue
             if not _has_unread_words(connection):
                 return connection
             # Either a notice, or the server's goodbye. The pool's own check would sleep a second for each dead
@@ -216,6 +241,7 @@ class Database:
         return arguments
 
     async def _configure(self, connection: Tx) -> None:
+        self._made_in[connection] = self._generation
         if self._transaction_pooler:
             await connection.execute("SET TimeZone = 'UTC'")  # one of the settings that poolers do carry over
 
@@ -261,6 +287,32 @@ class Database:
         ):
             return Unavailable(f"the database did not answer: {_one_line(error)}")
         return error
+
+
+@contextmanager
+def answering(connection: Tx, within_s: float) -> Iterator[None]:
+    """In this block the server answers within ``within_s``, or it is hung up on and the block raises the driver's
+    ``OperationalError``. No goodbye is waited for: a connection whose packets are dropped on the way never says one."""
+    loop = asyncio.get_running_loop()
+    timers: list[asyncio.TimerHandle] = []
+
+    def judge() -> None:
+        timers.append(loop.call_later(GRACE_S, hang_up, connection))
+
+    timers.append(loop.call_later(max(0.0, within_s - GRACE_S), judge))
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+
+
+def hang_up(connection: Tx) -> None:
+    """Shut the socket down on our side: whatever waits on the connection fails at once, as if the server had closed it."""
+    if connection.closed:
+        return
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as ours:
+        ours.shutdown(socket.SHUT_RDWR)
 
 
 def _has_unread_words(connection: Tx) -> bool:

@@ -65,3 +65,14 @@ _SHIPPED_TO: LiteralString = """
 async def shipped_to(tx: Tx, until: Mapping[str, datetime]) -> None:
     """Say up to which instant each process's calls are in the database; closing a period waits for it."""
     await tx.execute(_SHIPPED_TO, {"ids": list(until), "until": list(until.values())})
+
+
+_SILENT: LiteralString = (
+    "SELECT extract(epoch FROM now() - heartbeat_at)::float8 FROM process WHERE id = %(id)s"
+)
+
+
+async def silent_s(tx: Tx, process_id: str) -> float | None:
+    """Seconds since a process's last heartbeat; None: it never registered, so it never served."""
+    row = await (await tx.execute(_SILENT, {"id": process_id})).fetchone()
+    return None if row is None else float(row[0])

@@ -185,6 +185,111 @@ async def make(tx: Tx, asked: Sequence[Transfer]) -> dict[bytes, Made | NotMade]
     return verdicts
 
 
+@dataclass(frozen=True, slots=True)
+class TransferBack:
+    """A settled payment to give back. ``reason`` is kept with it."""
+
+    payment_key: bytes
+    transfer_key: bytes  # of the transfer that gives it back
+    asset: str
+    payer: str
+    recipient: str
+    amount: int
+    transaction_hash: str
+    postings: tuple[Posting, ...]
+    reason: str
+
+
+# As _MAKE, turned round. A payment whose one re-run was claimed is being served again, so it is not given back as well.
+_GIVE_BACK: LiteralString = """
+    WITH claimed AS (
+        UPDATE payment p
+           SET status = 'refunded',
+               metadata = p.metadata || jsonb_build_object('refund', jsonb_build_object(
+                   'transaction', %(hash)s::text, 'reason', %(reason)s::text, 'refunded_at', now()))
+         WHERE p.payment_key = %(key)s AND p.status = 'settled' AND NOT p.metadata ? 'rerun'
+        RETURNING p.payment_key),
+    transferred AS (
+        INSERT INTO sandbox_transfer (payment_key, transaction_hash, asset, payer, recipient, amount)
+        SELECT %(transfer_key)s, %(hash)s, %(asset)s, %(recipient)s, %(payer)s, %(amount)s FROM claimed),
+    moved AS (
+        UPDATE sandbox_account s
+           SET balance = s.balance + m.amount
+          FROM (SELECT address, sum(amount) AS amount
+                  FROM (SELECT %(recipient)s::text AS address, -%(amount)s::numeric AS amount FROM claimed
+                        UNION ALL
+                        SELECT %(payer)s::text, %(amount)s::numeric FROM claimed) AS legs
+                 GROUP BY address) AS m
+         WHERE s.address = m.address AND s.asset = %(asset)s),
+    booked AS (
+        INSERT INTO posting (entry, leg, kind, source, destination, asset, amount, reference)
+        SELECT b.entry, b.leg, b.kind, b.source, b.destination, b.asset, b.amount, b.reference
+          FROM claimed, unnest(%(entries)s::text[], %(legs)s::smallint[], %(kinds)s::text[], %(sources)s::text[],
+                               %(destinations)s::text[], %(posting_assets)s::text[], %(posting_amounts)s::numeric[],
+                               %(references)s::text[])
+               AS b (entry, leg, kind, source, destination, asset, amount, reference))
+    SELECT payment_key FROM claimed"""
+
+_REFUND_OF: LiteralString = (
+    "SELECT status, metadata -> 'refund' ->> 'transaction' FROM payment WHERE payment_key = %(key)s"
+)
+
+
+async def give_back(tx: Tx, back: TransferBack) -> Made | NotMade:
+    """Give a settled payment back, inside the caller's transaction. Both accounts were opened when it was made.
+
+    ``NotMade``: ``insufficient_funds`` of the recipient, or the status in which the payment was found."""
+    asked = Transfer(
+        back.payment_key,
+        "",
+        0,
+        back.asset,
+        back.payer,
+        back.recipient,
+        back.amount,
+        back.transaction_hash,
+        (),
+    )
+    balances = await _locked(tx, [asked])
+    status, refund = await _refund_of(tx, back.payment_key)
+    if status == "refunded" and refund is not None:
+        return Made(refund, now=False)
+    if balances[back.recipient, back.asset] < back.amount:
+        return NotMade("insufficient_funds")
+    postings = back.postings
+    cursor = await tx.execute(
+        _GIVE_BACK,
+        {
+            "key": back.payment_key,
+            "transfer_key": back.transfer_key,
+            "hash": back.transaction_hash,
+            "reason": back.reason,
+            "asset": back.asset,
+            "payer": back.payer,
+            "recipient": back.recipient,
+            "amount": Decimal(back.amount),
+            "entries": [p.entry for p in postings],
+            "legs": [p.leg for p in postings],
+            "kinds": [p.kind for p in postings],
+            "sources": [p.source for p in postings],
+            "destinations": [p.destination for p in postings],
+            "posting_assets": [p.asset for p in postings],
+            "posting_amounts": [Decimal(p.amount) for p in postings],
+            "references": [p.reference for p in postings],
+        },
+    )
+    if await cursor.fetchone() is not None:
+        return Made(back.transaction_hash, now=True)
+    return NotMade(status)
+
+
+async def _refund_of(tx: Tx, payment_key: bytes) -> tuple[str, str | None]:
+    row = await (await tx.execute(_REFUND_OF, {"key": payment_key})).fetchone()
+    if row is None:
+        raise InvariantError("a payment to be given back is not there")
+    return row[0], row[1]
+
+
 async def _locked(tx: Tx, transfers: Sequence[Transfer]) -> dict[Account, int]:
     accounts = sorted({(t.payer, t.asset) for t in transfers} | {(t.recipient, t.asset) for t in transfers})
     cursor = await tx.execute(

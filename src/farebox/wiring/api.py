@@ -72,7 +72,9 @@ class ApiProcess:
         self._business = business = BusinessDate(database, clock)
         self._keys = ApiKeys(database, clock)
         self._metering = Metering(database, clock, business)
-        self._listener = Listener(config.database_direct_url, self._on_change, self._on_reconnect)
+        self._listener = Listener(
+            config.database_direct_url, self._on_change, self._on_reconnect, on_lost=self._keys.forget
+        )
         entitlements = Entitlements(database, business)
         chains = chains_of(config, database)
         tokens = PassTokens(config.keys.tokens, config.mode, clock)

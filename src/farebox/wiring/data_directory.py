@@ -37,6 +37,7 @@ class Running:
     ops_url: str
     admin_key: str | None = dataclasses.field(repr=False)
     database_url: str = dataclasses.field(repr=False)
+    authorize_url: str | None = None
 
 
 class DataDirectory:

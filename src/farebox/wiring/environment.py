@@ -27,6 +27,7 @@ def child_environment(config: Config, **settings: str) -> dict[str, str]:
         "FAREBOX_DATABASE_URL": config.database.url,
         "FAREBOX_DATABASE_DIRECT_URL": config.database.direct_url,
         "FAREBOX_MASTER_KEY": config.master_key,
+        "FAREBOX_EDGE_SECRET": config.authorize.secret,
         **{f"FAREBOX_KEY_{name}": key for name, key in config.own_keys.items()},
     }
     environment = _without_files(os.environ)

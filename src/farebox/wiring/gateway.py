@@ -1,4 +1,4 @@
-"""One gateway process: ``python -m farebox.wiring.gateway --fd N --name gw0 --spool DIR``.
+"""One gateway process: ``python -m farebox.wiring.gateway --fd N --name gw0 --spool DIR [--authorize-fd N]``.
 
 Started by the supervisor with a listening socket inherited by number. It needs the database to begin (and waits for it);
 once it serves, known keys and passes go on through an outage. SIGTERM: stop accepting, let calls end, give the leases
@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -28,6 +29,7 @@ import uvloop
 
 from farebox.app.budgets import BudgetedPages, Budgets
 from farebox.app.door import FrontDoor
+from farebox.app.edge_keys import EdgeKeys
 from farebox.app.entitlements import Entitlements
 from farebox.app.exact_fares import ExactFares, Owner
 from farebox.app.grants import GrantCache
@@ -39,8 +41,9 @@ from farebox.app.quotes import Quotes
 from farebox.app.site import Site
 from farebox.base.errors import Refused, Unavailable, refuse
 from farebox.base.ids import new_id
-from farebox.config import Config
+from farebox.config import Config, missing
 from farebox.domain.access import GatewayCatalog
+from farebox.gateway.authorize import Authorizer
 from farebox.gateway.server import Gateway
 from farebox.gateway.settings import GatewaySettings
 from farebox.gateway.spool import Spool
@@ -49,6 +52,7 @@ from farebox.store.changes import Listener
 from farebox.store.pool import Database
 from farebox.wiring.chains import chains_of
 from farebox.wiring.environment import read_config
+from farebox.wiring.following import Following
 from farebox.wiring.logging import configure_logging
 from farebox.wiring.readiness import say_ready
 
@@ -57,8 +61,7 @@ if TYPE_CHECKING:
 
 CONNECTIONS_MAX: Final = 4
 HEARTBEAT_S: Final = 1.0
-#: A missed notice of a new catalog is made up for after this long.
-CATALOG_LOOK_EVERY_S: Final = 10.0
+PREMISES_TIMEOUT_S: Final = 5.0
 #: The longest body when the configuration says none.
 _NO_LIMIT: Final = 1 << 62
 
@@ -90,7 +93,7 @@ class Premises:
         await self.read_catalog()
 
     async def read_date(self, mode: str) -> None:
-        async with self._database.connection() as tx:
+        async with self._database.connection(within_s=PREMISES_TIMEOUT_S) as tx:
             found = await installation.get(tx)
         if found.mode != mode:
             raise refuse(
@@ -102,7 +105,7 @@ class Premises:
 
     async def read_catalog(self) -> None:
         """Follow the latest catalog, if it is newer than the one served."""
-        async with self._database.connection() as tx:
+        async with self._database.connection(within_s=PREMISES_TIMEOUT_S) as tx:
             latest = self._with_public_url(await gateway_catalog.latest(tx))
         if latest.version <= self.catalog.version:
             return
@@ -167,7 +170,7 @@ class GatewayProcess:
         )
         self._premises = premises
         clock = WallClock()
-        self._business = business = BusinessDate(database, clock)
+        business = BusinessDate(database, clock)
         owner = Owner(process_id, epoch)
         self._chains = chains = chains_of(config, database)
         tokens = PassTokens(config.keys.tokens, config.mode, clock)
@@ -177,22 +180,30 @@ class GatewayProcess:
         purchases = Purchases(database, quotes, tokens, clock, business, owner, lambda: premises.catalog)
         entitlements = Entitlements(database, business)
 
-        self._door = FrontDoor(
+        a_door = partial(
+            FrontDoor,
             grants=self._grants,
             leases=self._leases,
             spool=self._spool,
             exact=self._exact,
             tokens=tokens,
-            budgets=budgets,
             refresh_account=entitlements.renew,
             business_now_s=premises.business_now_s,
         )
+        self._door = a_door(budgets=budgets)
+        self._first_door = a_door(budgets=budgets.looked_at())  # of an edge that hands over what it refuses
+        self._edge_keys = EdgeKeys(
+            database, clock, ttl_s=admission.grant_ttl_s, stale_s_max=admission.stale_grant_s_max
+        )
         self._pages = BudgetedPages(Site(purchases, tokens), budgets)
+        self._following = Following(database, config.mode, self._grants, leases, business, premises)
         self._gateway: Gateway | None = None
         self._heartbeat_failed = False
 
-    async def run(self, listening: socket.socket, stop: asyncio.Event) -> None:
-        """Serve until ``stop``; return when nothing of this process is left anywhere."""
+    async def run(
+        self, listening: socket.socket, stop: asyncio.Event, asked: socket.socket | None = None
+    ) -> None:
+        """Serve until ``stop``; return when nothing of this process is left anywhere. ``asked``: forward-auth's socket."""
         await self._premises.read(self._config.mode)
         gateway = self._gateway = Gateway(
             self._door,
@@ -202,9 +213,19 @@ class GatewayProcess:
             log_refusals=False,
         )
         self._premises.on_catalog(self._follow)
-        listener = Listener(self._config.database_direct_url, self._on_change, self._on_reconnect)
+        following = self._following
+        listener = Listener(
+            self._config.database_direct_url,
+            self._changed,
+            self._listening,
+            on_lost=self._deaf,
+            on_confirmed=self._grants.confirmed,
+        )
         await listener.start()
-        chores = [asyncio.create_task(self._keep_alive(), name="heartbeat")]
+        chores = [
+            asyncio.create_task(self._keep_alive(), name="heartbeat"),
+            asyncio.create_task(following.run(gateway), name="following"),
+        ]
         if self._config.spool.fsync_ms:
             chores.append(
                 asyncio.create_task(self._sync(self._config.spool.fsync_ms / 1000), name="spool sync")
@@ -213,16 +234,44 @@ class GatewayProcess:
         gc.collect()
         gc.freeze()
         await gateway.serve(listening)
+        authorizer = await self._authorizer(gateway, asked)
         say_ready()
         log.info("gateway_ready", process_id=self._process_id, catalog=self._premises.catalog.version)
         await stop.wait()
         log.info("gateway_stopping", calls_in_flight=self._spool.calls_in_flight)
-        await gateway.drain(self._config.gateway.drain_timeout_s)
+        drained = [gateway.drain(self._config.gateway.drain_timeout_s)]
+        if authorizer is not None:
+            drained.append(authorizer.drain(self._config.gateway.drain_timeout_s))
+        await asyncio.gather(*drained)
         for chore in chores:
             chore.cancel()
         await asyncio.gather(*chores, return_exceptions=True)
         await listener.close()
         await self._leave()
+
+    async def _authorizer(self, gateway: Gateway, asked: socket.socket | None) -> Authorizer | None:
+        """The forward-auth listener, where it is wanted."""
+        if asked is None:
+            return None
+        secret = self._config.authorize.secret
+        if secret is None:
+            raise Refused(missing("FAREBOX_EDGE_SECRET"))
+        authorizer = Authorizer(gateway, secret.reveal(), self._edge_keys, self._first_door)
+        await authorizer.serve(asked)
+        return authorizer
+
+    def _changed(self, kind: str, changed_id: str) -> None:
+        if kind == "key":
+            self._edge_keys.invalidate(changed_id)
+        self._following.changed(kind, changed_id)
+
+    def _listening(self) -> None:
+        self._edge_keys.listening()
+        self._following.listening()
+
+    def _deaf(self) -> None:
+        self._edge_keys.deaf()
+        self._following.lost()
 
     async def _leave(self) -> None:
         try:
@@ -243,30 +292,10 @@ class GatewayProcess:
         self._gateway.replace_catalog(catalog)
         self._door.catalog_changed()
 
-    # ── changes ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-    async def _on_change(self, kind: str, changed_id: str) -> None:
-        match kind:
-            case "key" | "grant":
-                self._grants.invalidate(changed_id)
-            case "lease":
-                self._leases.wanted_elsewhere(changed_id)
-            case "catalog":
-                await self._premises.read_catalog()
-            case "clock":
-                self._business.forget()
-                await self._premises.read_date(self._config.mode)
-
-    async def _on_reconnect(self) -> None:
-        self._grants.flush()
-        self._business.forget()
-        await self._premises.read(self._config.mode)
-
     # ── chores ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _keep_alive(self) -> None:
         metrics = _metrics()
-        looked_at = time.monotonic()
         while True:
             try:
                 self._take_stock(metrics)
@@ -277,9 +306,6 @@ class GatewayProcess:
                 await self._leases.heartbeat()
                 async with self._database.connection() as tx:
                     await processes.heartbeat(tx, self._process_id)
-                if time.monotonic() - looked_at >= CATALOG_LOOK_EVERY_S:
-                    looked_at = time.monotonic()
-                    await self._premises.read_catalog()
                 self._heartbeat_failed = False
             except Unavailable as error:
                 if not self._heartbeat_failed:
@@ -293,7 +319,13 @@ class GatewayProcess:
     def _take_stock(self, metrics: GatewayMetrics | None) -> None:
         spool_bytes = self._spool.look_at_disk()
         if metrics is not None and self._gateway is not None:
-            metrics.flush(self._gateway.counters, spool_bytes, self._spool.calls_in_flight, len(self._grants))
+            metrics.flush(
+                self._gateway.counters,
+                spool_bytes,
+                self._spool.calls_in_flight,
+                len(self._grants),
+                [pool.health for pool in self._gateway.pools.all()],
+            )
 
     async def _sync(self, every_s: float) -> None:
         while True:
@@ -346,7 +378,7 @@ def _metrics() -> GatewayMetrics | None:
     return GatewayMetrics()
 
 
-async def _main(config: Config, name: str, fd: int, spool_directory: Path) -> None:
+async def _main(config: Config, name: str, fd: int, authorize_fd: int | None, spool_directory: Path) -> None:
     stop = stop_on_signals()
     async with an_open_database(config, name, stop) as database:
         if database is None:
@@ -367,14 +399,23 @@ async def _main(config: Config, name: str, fd: int, spool_directory: Path) -> No
         async with database.transaction() as tx:
             epoch = await processes.register(tx, process_id, "gateway", socket.gethostname(), os.getpid())
         process = GatewayProcess(config, database, process_id, epoch, leases, spool, premises)
-        with socket.socket(fileno=fd) as listening:
-            await process.run(listening, stop)
+        with contextlib.ExitStack() as sockets:
+            listening = sockets.enter_context(socket.socket(fileno=fd))
+            asked = (
+                sockets.enter_context(socket.socket(fileno=authorize_fd))
+                if authorize_fd is not None
+                else None
+            )
+            await process.run(listening, stop, asked)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run until SIGTERM; the exit code."""
     parser = argparse.ArgumentParser(prog="farebox.wiring.gateway")
     parser.add_argument("--fd", type=int, required=True, help="number of the inherited listening socket")
+    parser.add_argument(
+        "--authorize-fd", type=int, help="number of the inherited socket of the forward-auth listener"
+    )
     parser.add_argument("--name", default="gw0")
     parser.add_argument("--spool", type=Path, required=True, help="directory of the spool")
     given = parser.parse_args(arguments)
@@ -382,7 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = read_config()
         configure_logging(config.log, given.name)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_main(config, given.name, given.fd, given.spool))
+            runner.run(_main(config, given.name, given.fd, given.authorize_fd, given.spool))
     except Refused as refused:
         print(f"{given.name}: {refused}", file=sys.stderr)  # noqa: T201 - before anything else can speak
         return 1

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import nan
 from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram
 
 from farebox.gateway.counters import LATENCY_BOUNDS_S, Counters
+from farebox.gateway.health import TargetHealth
 
 _CLASSES: Final = ("none", "1xx", "2xx", "3xx", "4xx", "5xx")
 
@@ -42,9 +45,23 @@ class GatewayMetrics:
         self._spool_bytes = Gauge(
             "farebox_spool_bytes", "Size of the spool on this host.", multiprocess_mode="livemax"
         )
+        self._targets = Gauge(
+            "farebox_upstream_target_healthy",
+            "Whether calls are sent to a target; in the process that thinks least of it.",
+            ["upstream", "target"],
+            multiprocess_mode="livemin",
+        )
+        self._targets_shown: set[tuple[str, str]] = set()
         self._carried: dict[tuple[str, ...], float] = {}
 
-    def flush(self, counters: Counters, spool_bytes: int, calls_in_flight: int, grants_known: int) -> None:
+    def flush(
+        self,
+        counters: Counters,
+        spool_bytes: int,
+        calls_in_flight: int,
+        grants_known: int,
+        targets: Iterable[TargetHealth] = (),
+    ) -> None:
         """Carry over what has been counted since the last time."""
         for (route, fare, status_class), count in counters.requests.items():
             labels = (route, fare, _CLASSES[status_class])
@@ -65,6 +82,18 @@ class GatewayMetrics:
         self._in_flight.set(calls_in_flight)
         self._grants.set(grants_known)
         self._spool_bytes.set(spool_bytes)
+        self._show(targets)
+
+    def _show(self, targets: Iterable[TargetHealth]) -> None:
+        shown = set()
+        for health in targets:
+            labels = (health.upstream_id, health.target)
+            self._targets.labels(*labels).set(1 if health.healthy else 0)
+            shown.add(labels)
+        for labels in self._targets_shown - shown:
+            # The files that processes share their values in cannot forget a label: no value is the next best thing.
+            self._targets.labels(*labels).set(nan)
+        self._targets_shown = shown
 
     def _carry(self, counter: Counter, value: float, *name: str) -> None:
         gained = self._gained(value, *name)

@@ -19,7 +19,6 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-import psycopg
 import structlog
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -29,15 +28,14 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.registry import Collector
 
 from farebox import __version__
-from farebox.base.errors import FareboxError
 from farebox.store import migrate
+from farebox.wiring.checkup import database_answers, migrations_fit
 from farebox.wiring.supervisor import ChildState
 
 REQUEST_BYTES_MAX: Final = 8192
 REQUEST_TIMEOUT_S: Final = 5.0
 #: A burst of probes asks the database once.
 CHECK_KEPT_S: Final = 1.0
-DATABASE_TIMEOUT_S: Final = 2
 
 log = structlog.get_logger()
 
@@ -111,34 +109,19 @@ class Checks:
         async with self._asking:
             asked_at, outside = self._answer
             if time.monotonic() - asked_at > CHECK_KEPT_S:
-                outside = {"database": await self._database()}
+                outside = {"database": await database_answers(self._database_url)}
                 outside["migrations"] = (
                     await self._migrations() if outside["database"] == "ok" else "not known"
                 )
                 self._answer = (time.monotonic(), outside)
         return {**outside, **self._children()}
 
-    async def _database(self) -> str:
-        try:
-            async with asyncio.timeout(DATABASE_TIMEOUT_S):
-                connection = await psycopg.AsyncConnection.connect(
-                    self._database_url, autocommit=True, application_name="farebox ops"
-                )
-                async with connection:
-                    await connection.execute("SELECT 1")
-        except (psycopg.Error, TimeoutError) as error:
-            return f"unreachable: {' '.join(str(error).split()) or 'no answer in time'}"[:200]
-        return "ok"
-
     async def _migrations(self) -> str:
         if self._migrated:  # a database does not lose migrations
             return "ok"
-        try:
-            await asyncio.to_thread(migrate.check, self._direct_url, self._mode)
-        except FareboxError as error:
-            return str(error)[:300]
-        self._migrated = True
-        return "ok"
+        said = await migrations_fit(self._direct_url, self._mode)
+        self._migrated = said == "ok"
+        return said
 
     def _children(self) -> dict[str, str]:
         found: dict[str, str] = {}

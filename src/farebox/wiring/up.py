@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -81,6 +81,7 @@ class Started:
         """The ready file. Keys of roles that do not run here are left out."""
         document = {
             "gateway_url": self.running.gateway_url,
+            "authorize_url": self.running.authorize_url,
             "api_url": self.running.api_url,
             "admin_key": self.running.admin_key,
             "database_url": self.running.database_url,
@@ -118,13 +119,13 @@ class House:
         if config.master_key is None and config.mode == "sandbox":
             config = replace(config, master_key=self._data.sandbox_master_key())
 
-        gateway_sockets, api_socket, ops_socket = self._open_sockets(config)
+        gateway_sockets, authorize_sockets, api_socket, ops_socket = self._open_sockets(config)
         Metrics.prepare(self._data.metrics)
         spool = self._spool(config)
 
         postgres = self._embedded_server(config)
         supervisor = Supervisor(
-            self._children(config, gateway_sockets, api_socket, spool),
+            self._children(config, gateway_sockets, authorize_sockets, api_socket, spool),
             {},
             postgres=postgres,
             on_death=lambda pid: metrics.bury(pid),
@@ -155,6 +156,7 @@ class House:
             ops_url=_url(ops_socket),
             admin_key=config.admin_key if config.master_key else None,
             database_url=config.database_url,
+            authorize_url=_url(authorize_sockets[0]) if authorize_sockets else None,
         )
         started = Started(
             running, supervisor.pids(), tuple(prepared.get("changes", ())), prepared.get("customer_key")
@@ -188,8 +190,8 @@ class House:
             self._supervisor.kill()
 
     async def replace_gateways(self) -> None:
-        """A fresh process in the place of each gateway, without dropping a request (SIGHUP)."""
-        if self._supervisor is not None:
+        """A fresh process in the place of each gateway, without dropping a request (SIGHUP). While they start: nothing."""
+        if self._supervisor is not None and self._is_ready:
             await self._supervisor.replace_gateways()
 
     def _forget_ready_file(self) -> None:
@@ -201,21 +203,30 @@ class House:
 
     def _open_sockets(
         self, config: Config
-    ) -> tuple[list[socket.socket], socket.socket | None, socket.socket]:
+    ) -> tuple[list[socket.socket], list[socket.socket], socket.socket | None, socket.socket]:
         """First of all, so that a taken port is said before anything has started."""
         gateways: list[socket.socket] = []
+        authorize: list[socket.socket] = []
         api: socket.socket | None = None
         if "gateway" in self._plan.roles:
             gateways = listening_sockets(
                 config.gateway.host, config.gateway.port, config.gateway.processes, "--gateway-port"
             )
             self._sockets += gateways
+            if config.authorize.port is not None:
+                authorize = listening_sockets(
+                    config.authorize.host,
+                    config.authorize.port,
+                    config.gateway.processes,
+                    "FAREBOX_AUTHORIZE_PORT",
+                )
+                self._sockets += authorize
         if "api" in self._plan.roles:
             api = reserved_socket(config.api.host, config.api.port, "--api-port")
             self._sockets.append(api)
         [ops] = listening_sockets(config.ops.host, config.ops.port, 1, "--ops-port")
         self._sockets.append(ops)
-        return gateways, api, ops
+        return gateways, authorize, api, ops
 
     def _spool(self, config: Config) -> Path:
         directory = Path(config.spool.directory).absolute() if config.spool.directory else self._data.spool
@@ -240,7 +251,12 @@ class House:
         return await _prepare(config, self._plan.shop, self._data)
 
     def _children(
-        self, config: Config, gateways: list[socket.socket], api: socket.socket | None, spool: Path
+        self,
+        config: Config,
+        gateways: list[socket.socket],
+        authorize: list[socket.socket],
+        api: socket.socket | None,
+        spool: Path,
     ) -> list[ChildSpec]:
         specs: list[ChildSpec] = []
         if api is not None:
@@ -249,11 +265,13 @@ class House:
         if "worker" in self._plan.roles:
             specs.append(ChildSpec("worker", "worker", "farebox.wiring.worker"))
         for number, each in enumerate(gateways):
+            asked = authorize[number : number + 1]
+            arguments = ["--fd", str(each.fileno()), "--name", f"gw{number}", "--spool", str(spool)]
             specs.append(
                 ChildSpec(
                     f"gw{number}", "gateway", "farebox.wiring.gateway",
-                    ("--fd", str(each.fileno()), "--name", f"gw{number}", "--spool", str(spool)),
-                    inherit=(each.fileno(),),
+                    (*arguments, *(word for one in asked for word in ("--authorize-fd", str(one.fileno())))),
+                    inherit=(each.fileno(), *(one.fileno() for one in asked)),
                     stop_timeout_s=config.gateway.drain_timeout_s + 5,
                 )
             )  # fmt: skip
@@ -289,8 +307,17 @@ async def run(config: Config, plan: Plan, on_ready: Callable[[Started], None]) -
         renewals.add(task)
         task.add_done_callback(renewals.discard)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop_or_hurry)
+    _follow_signals({signal.SIGTERM: stop_or_hurry, signal.SIGINT: stop_or_hurry, signal.SIGHUP: renew})
+    try:
+        await _live(house, told_to_stop, on_ready)
+    finally:
+        # The end is decided: a signal that comes now must not become the exit code.
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    log.info("stopped")
+
+
+async def _live(house: House, told_to_stop: asyncio.Event, on_ready: Callable[[Started], None]) -> None:
     starting = asyncio.ensure_future(house.start())
     stopping = asyncio.ensure_future(told_to_stop.wait())
     await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -301,13 +328,26 @@ async def run(config: Config, plan: Plan, on_ready: Callable[[Started], None]) -
         return
     try:
         on_ready(starting.result())
-        loop.add_signal_handler(signal.SIGHUP, renew)
         await stopping
     finally:
         stopping.cancel()
         if starting.exception() is None:
             await house.stop()
-    log.info("stopped")
+
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def _follow_signals(follow: Mapping[signal.Signals, Callable[[], None]]) -> None:
+    """Run these in the running loop. Not by the loop's own handlers: it takes those away when it closes, and from then to
+    the exit a second signal would kill what has just stopped in order."""
+    loop = asyncio.get_running_loop()
+
+    def told(number: int, _: object) -> None:
+        loop.call_soon_threadsafe(follow[signal.Signals(number)])
+
+    for number in follow:
+        signal.signal(number, told)
 
 
 def refuse_unfit(config: Config, plan: Plan) -> None:
@@ -327,6 +367,7 @@ def refuse_unfit(config: Config, plan: Plan) -> None:
     else:
         for name, host in (
             ("FAREBOX_GATEWAY_HOST", config.gateway.host),
+            ("FAREBOX_AUTHORIZE_HOST", config.authorize.host),
             ("FAREBOX_API_HOST", config.api.host),
         ):
             if not _is_loopback(host):

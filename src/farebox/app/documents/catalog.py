@@ -18,6 +18,7 @@ from farebox.app.documents.gateway import (
     RouteDocument,
     ServerDocument,
     gateway_sections,
+    left_to_the_edge,
     routes_without_fare,
     unknown_features,
 )
@@ -156,7 +157,11 @@ class _Reader:
             metrics=metric_values,
             plans=plan_values,
             changelogs={p.id: p.changelog for p in plans if p is not None and p.changelog},
-            warnings=(*unknown_features(read_routes, frozenset(features)), *routes_without_fare(read_routes)),
+            warnings=(
+                *unknown_features(read_routes, frozenset(features)),
+                *routes_without_fare(read_routes),
+                *left_to_the_edge(read_routes),
+            ),
         )
 
     def _metrics(self, documents: list[MetricDocument | None]) -> tuple[Metric, ...]:

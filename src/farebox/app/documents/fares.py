@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from farebox.app.documents.faults import Document, fault, not_available_yet
-from farebox.app.documents.scalars import DurationS, Id, Key, Name, Price, duration_text
+from farebox.app.documents.routing import Methods
+from farebox.app.documents.scalars import (
+    DurationS,
+    Id,
+    Key,
+    Name,
+    Price,
+    SizeBytes,
+    duration_text,
+    size_text,
+)
 from farebox.app.documents.surroundings import Surroundings
 from farebox.base.money import Money, plain
-from farebox.domain.access import AccountFare, ExactFare, PassOffer
+from farebox.domain.access import AccountFare, ExactFare, FreeFare, PassOffer
+from farebox.domain.limits import LimitKind, PassLimits, Rate, RequestWindow
+from farebox.domain.passes import LIMIT_MAX, RATE_WINDOW_S_MAX, REQUEST_WINDOW_S_MAX
 
 OFFERS_MAX: Final = 100
+#: The window of a rate that names none.
+RATE_WINDOW_S: Final = Rate(1).window_s
 
 _EVM_ADDRESS = re.compile(r"0x[0-9a-fA-F]{40}\Z", re.ASCII)
 _NETWORK = re.compile(r"[-a-z0-9]{3,8}:[-_a-zA-Z0-9]{1,32}\Z", re.ASCII)
@@ -69,20 +83,78 @@ class ExactFareDocument(Document):
     schemes: Annotated[tuple[Scheme, ...], AfterValidator(_some_scheme)] = ("exact",)
 
 
+def _count(kind: LimitKind) -> Any:
+    return Field(strict=True, ge=1, le=LIMIT_MAX[kind])
+
+
+def _window(window_s_max: int) -> AfterValidator:
+    def check(window_s: int) -> int:
+        if window_s > window_s_max:
+            raise fault("DURATION_MALFORMED", f"a window lasts at most {duration_text(window_s_max)} here")
+        return window_s
+
+    return AfterValidator(check)
+
+
+class RateDocument(Document):
+    """Bytes a second, kept over each window. ``100kB/s`` is the same with a window of a minute."""
+
+    bytes_per_second: Annotated[SizeBytes, Field(le=LIMIT_MAX["upload_rate"])]
+    window: Annotated[DurationS, _window(RATE_WINDOW_S_MAX)] = RATE_WINDOW_S
+
+    def value(self) -> Rate:
+        return Rate(self.bytes_per_second, self.window)
+
+
+def _rate(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    size, slash, second = value.partition("/")
+    if not slash or second.strip() not in ("s", "second"):
+        raise fault(
+            "SIZE_MALFORMED",
+            f"{value[:40]!r} is not a rate: write a size a second such as 100kB/s, or"
+            " {bytes_per_second: 100000, window: 60s}",
+        )
+    return {"bytes_per_second": size.strip()}
+
+
+_RateDocument = Annotated[RateDocument, BeforeValidator(_rate)]
+
+
+class RequestWindowDocument(Document):
+    """So many calls in each window; windows begin at whole multiples of their length since 1970."""
+
+    count: Annotated[int, _count("requests")]
+    window: Annotated[DurationS, _window(REQUEST_WINDOW_S_MAX)]
+
+    def value(self) -> RequestWindow:
+        return RequestWindow(self.count, self.window)
+
+
 class PassLimitsDocument(Document):
-    """What a pass holds."""
+    """What a pass holds. What is left out is not limited."""
 
-    not_yet: ClassVar[Mapping[str, str]] = {
-        "download_bytes": "byte limits are",
-        "upload_bytes": "byte limits are",
-        "upload_rate": "rates are",
-        "download_rate": "rates are",
-        "credits": "credits are",
-        "concurrency": "concurrency limits are",
-        "requests": "windows are",
-    }
+    calls: Annotated[int, _count("calls")] | None = None
+    upload_bytes: SizeBytes | None = None
+    download_bytes: SizeBytes | None = None
+    credits: Annotated[int, _count("credits")] | None = None
+    concurrency: Annotated[int, _count("concurrency")] | None = None
+    requests: RequestWindowDocument | None = None
+    upload_rate: _RateDocument | None = None
+    download_rate: _RateDocument | None = None
 
-    calls: Annotated[int, Field(strict=True, ge=1, le=10**12)] | None = None
+    def value(self) -> PassLimits:
+        return PassLimits(
+            calls=self.calls,
+            upload_bytes=self.upload_bytes,
+            download_bytes=self.download_bytes,
+            credits=self.credits,
+            concurrency=self.concurrency,
+            requests=self.requests.value() if self.requests else None,
+            upload_rate=self.upload_rate.value() if self.upload_rate else None,
+            download_rate=self.download_rate.value() if self.download_rate else None,
+        )
 
 
 class PassOfferDocument(Document):
@@ -97,7 +169,7 @@ class PassOfferDocument(Document):
     limits: PassLimitsDocument = PassLimitsDocument()
 
     def value(self) -> PassOffer:
-        return PassOffer(self.id, self.name, self.price, self.duration, self.limits.calls)
+        return PassOffer(self.id, self.name, self.price, self.duration, self.limits.value())
 
 
 class AccountFareDocument(Document):
@@ -109,12 +181,31 @@ class AccountFareDocument(Document):
         return AccountFare(self.required_feature)
 
 
+class FreeFareDocument(Document):
+    """Calls that cost nothing and need no credential. No ``methods``: all of them."""
+
+    methods: Methods = ()
+
+    def value(self) -> FreeFare:
+        return FreeFare(self.methods)
+
+
 class FaresDocument(Document):
     """The ways a route is paid for."""
 
     exact: ExactFareDocument | None = None
     passes: Annotated[tuple[PassOfferDocument, ...], Field(max_length=OFFERS_MAX)] = ()
     account: AccountFareDocument | None = None
+    free: FreeFareDocument | None = None
+
+    @model_validator(mode="after")
+    def _free_leaves_something_to_sell(self) -> Self:
+        if self.free and not self.free.methods and (self.exact or self.passes or self.account):
+            raise fault(
+                "FARE_UNREACHABLE",
+                "every call of this route is free: name the free methods, or take the other fares out",
+            )
+        return self
 
 
 def exact_document(exact: ExactFare, surroundings: Surroundings) -> dict[str, Any]:
@@ -135,9 +226,36 @@ def offer_document(offer: PassOffer) -> dict[str, Any]:
         "price": _price_text(offer.price),
         "duration": duration_text(offer.duration_s),
     }
-    if offer.calls is not None:
-        document["limits"] = {"calls": offer.calls}
+    if limits := pass_limits_document(offer.limits):
+        document["limits"] = limits
     return document
+
+
+def pass_limits_document(limits: PassLimits) -> dict[str, Any]:
+    """The inverse of ``PassLimitsDocument.value``; what is not limited is left out."""
+    document: dict[str, Any] = {}
+    for name in ("calls", "credits", "concurrency"):
+        if (limit := getattr(limits, name)) is not None:
+            document[name] = limit
+    for name in ("upload_bytes", "download_bytes"):
+        if (size := getattr(limits, name)) is not None:
+            document[name] = size_text(size)
+    if (requests := limits.requests) is not None:
+        document["requests"] = {"count": requests.count, "window": duration_text(requests.window_s)}
+    for name in ("upload_rate", "download_rate"):
+        rate: Rate | None = getattr(limits, name)
+        if rate is None:
+            continue
+        size = size_text(rate.bytes_per_second)
+        if rate.window_s == RATE_WINDOW_S and isinstance(size, str):
+            document[name] = f"{size}/s"
+        else:
+            document[name] = {"bytes_per_second": size, "window": duration_text(rate.window_s)}
+    return document
+
+
+def free_document(free: FreeFare) -> dict[str, Any]:
+    return {"methods": list(free.methods)} if free.methods else {}
 
 
 def _price_text(price: Money) -> str:

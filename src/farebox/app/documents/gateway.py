@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
@@ -15,16 +15,45 @@ from farebox.app.documents.fares import (
     Network,
     address_fault,
     exact_document,
+    free_document,
     offer_document,
 )
 from farebox.app.documents.faults import Document, fault, not_available_yet
-from farebox.app.documents.routing import MatchDocument, RewriteDocument, match_document, rewrite_document
-from farebox.app.documents.scalars import Id, Key, LongText, Name
+from farebox.app.documents.routing import (
+    MatchDocument,
+    RewriteDocument,
+    match_document,
+    rewrite_document,
+    rewrite_faults,
+)
+from farebox.app.documents.scalars import (
+    Id,
+    Key,
+    LongText,
+    Name,
+    SizeBytes,
+    duration_text,
+    size_text,
+)
 from farebox.app.documents.surroundings import Surroundings
-from farebox.app.documents.upstreams import UpstreamDocument, WebUrl, upstream_document
+from farebox.app.documents.upstreams import (
+    Timeout,
+    TotalTimeout,
+    UpstreamDocument,
+    WebUrl,
+    upstream_document,
+)
 from farebox.base.errors import Reason
 from farebox.base.money import Money
-from farebox.domain.access import ExactFare, GatewayCatalog, Route, ServerSettings, TokenAsset
+from farebox.domain.access import (
+    ExactFare,
+    FreeFare,
+    GatewayCatalog,
+    Match,
+    Route,
+    ServerSettings,
+    TokenAsset,
+)
 
 ROUTES_MAX: Final = 5_000
 UPSTREAMS_MAX: Final = 1_000
@@ -52,6 +81,10 @@ class RouteDocument(Document):
     charge_on: Literal["always", "success"] = "always"
     fares: FaresDocument = FaresDocument()
     description: LongText = ""
+    body_bytes_max: SizeBytes | None = None
+    timeout: Timeout | None = None
+    total_timeout: TotalTimeout | None = None
+    forward_auth: Annotated[bool, Field(strict=True)] = False
 
 
 class PaymentDefaultsDocument(Document):
@@ -198,18 +231,51 @@ class GatewayReader:
             offers.add(offer.id)
             recipients = dict(exact.pay_to) if exact else self._recipients({}, f"{where}.price")
             self._check_price(offer.price, recipients, f"{where}.price")
+        match, rewrite = document.match.value(), document.rewrite.value()
+        self.faults += rewrite_faults(match, rewrite, f"{at}.rewrite")
+        self._check_free(document, match, at)
+        self._check_timeouts(document, at)
+        if document.forward_auth:
+            self.faults += forward_auth_faults(document, at)
         return Route(
             id=document.id,
-            match=document.match.value(),
+            match=match,
             upstream=document.upstream,
-            rewrite=document.rewrite.value(),
+            rewrite=rewrite,
             metric=document.metric,
             charge_on=document.charge_on,
             exact=exact,
             passes=tuple(p.value() for p in fares.passes),
             account=fares.account.value() if fares.account else None,
+            free=_with_head(fares.free.value()) if fares.free else None,
             description=document.description,
+            body_bytes_max=document.body_bytes_max,
+            timeout_s=document.timeout,
+            total_timeout_s=document.total_timeout,
+            forward_auth=document.forward_auth,
         )
+
+    def _check_free(self, document: RouteDocument, match: Match, at: str) -> None:
+        """That what is free is taken at all, and that what is sold is not given away."""
+        free, fares = document.fares.free, document.fares
+        if free is None:
+            return
+        taken = {*match.methods, *(("HEAD",) if "GET" in match.methods else ())}
+        given = {*free.methods, *(("HEAD",) if "GET" in free.methods else ())}
+        for place, method in enumerate(free.methods):
+            if taken and method not in taken:
+                message = f"the route does not take {method}: add it to match.methods, or leave it out here"
+                self._fault("FREE_METHOD_UNKNOWN", message, f"{at}.fares.free.methods[{place}]")
+        sold = fares.exact is not None or fares.account is not None or fares.passes
+        if sold and taken and given and taken <= given:
+            message = "every call of this route is free, so nobody would pay: name the free methods, or leave the other fares out"
+            self._fault("FARE_UNREACHABLE", message, f"{at}.fares")
+
+    def _check_timeouts(self, document: RouteDocument, at: str) -> None:
+        first, total = document.timeout, document.total_timeout
+        if first is not None and total is not None and total < first:
+            message = f"the whole exchange ({duration_text(total)}) cannot be shorter than the wait for its first byte ({duration_text(first)})"
+            self._fault("DURATION_MALFORMED", message, f"{at}.total_timeout")
 
     def _exact(self, document: ExactFareDocument, at: str) -> ExactFare:
         recipients = self._recipients(document.pay_to, f"{at}.pay_to")
@@ -330,8 +396,54 @@ def routes_without_fare(routes: Sequence[tuple[int, RouteDocument]]) -> list[Rea
             f"routes[{place}].fares",
         )
         for place, route in routes
-        if route.fares.exact is None and route.fares.account is None and not route.fares.passes
+        if route.fares == FaresDocument()
     ]
+
+
+def forward_auth_faults(document: RouteDocument, at: str) -> Iterator[Reason]:
+    """What nobody can keep who only says yes or no at the beginning of a call: the edge forwards it by itself."""
+    code = "FORWARD_AUTH_CANNOT_KEEP"
+    if document.charge_on == "success":
+        message = "an edge does not tell how a call ended: write charge_on: always, or leave forward_auth out"
+        yield Reason(code, message, f"{at}.charge_on")
+    for place, offer in enumerate(document.fares.passes):
+        for name in _NEEDS_THE_GATEWAY:
+            if getattr(offer.limits, name) is not None:
+                message = f"an edge keeps neither bytes, rates, credits nor concurrency: leave {name} out, or forward_auth"
+                yield Reason(code, message, f"{at}.fares.passes[{place}].limits.{name}")
+
+
+#: Limits that are kept while a call is under way, or by its end.
+_NEEDS_THE_GATEWAY: Final = (
+    "upload_bytes", "download_bytes", "upload_rate", "download_rate", "credits", "concurrency",
+)  # fmt: skip
+
+
+def left_to_the_edge(routes: Sequence[tuple[int, RouteDocument]]) -> list[Reason]:
+    """What a forward-auth route asks for and only the gateway does: for calls that are handed over to it, at most."""
+    found: list[Reason] = []
+    for place, route in routes:
+        if not route.forward_auth:
+            continue
+        asked = [
+            name
+            for name in ("body_bytes_max", "timeout", "total_timeout")
+            if getattr(route, name) is not None
+        ]
+        asked += [
+            f"rewrite.{name}" for name in rewrite_document(route.rewrite.value()) if name != "set_headers"
+        ]
+        if asked:
+            message = f"an edge that asks here forwards by itself: say the same in its configuration as {', '.join(asked)} do here"
+            found.append(Reason("FORWARD_AUTH_LEFT_TO_EDGE", message, f"routes[{place}].{asked[0]}"))
+    return found
+
+
+def _with_head(free: FreeFare) -> FreeFare:
+    """Who may GET may ask for the head alone."""
+    if "GET" in free.methods and "HEAD" not in free.methods:
+        return FreeFare((*free.methods, "HEAD"))
+    return free
 
 
 # ── back from values to documents ──────────────────────────────────────────────────────────────────────────────────
@@ -385,6 +497,14 @@ def _route_document(route: Route, surroundings: Surroundings) -> dict[str, Any]:
         document["metric"] = route.metric
     if route.charge_on != "always":
         document["charge_on"] = route.charge_on
+    if route.body_bytes_max is not None:
+        document["body_bytes_max"] = size_text(route.body_bytes_max)
+    if route.timeout_s is not None:
+        document["timeout"] = duration_text(route.timeout_s)
+    if route.total_timeout_s is not None:
+        document["total_timeout"] = duration_text(route.total_timeout_s)
+    if route.forward_auth:
+        document["forward_auth"] = True
     fares: dict[str, Any] = {}
     if route.exact:
         fares["exact"] = exact_document(route.exact, surroundings)
@@ -394,6 +514,8 @@ def _route_document(route: Route, surroundings: Surroundings) -> dict[str, Any]:
         fares["account"] = (
             {"required_feature": route.account.required_feature} if route.account.required_feature else {}
         )
+    if route.free:
+        fares["free"] = free_document(route.free)
     if fares:
         document["fares"] = fares
     return document

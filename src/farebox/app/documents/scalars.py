@@ -182,6 +182,61 @@ def duration_text(seconds: float) -> str:
     return f"{int(seconds)}s"
 
 
+_SIZE = re.compile(r"(?P<number>[0-9]{1,15}(\.[0-9]{1,9})?)\s?(?P<unit>B|[kK]B|MB|GB|TB)\Z", re.ASCII)
+_BYTES: Final = {
+    "B": 1,
+    "kB": 1_000,
+    "KB": 1_000,
+    "MB": 1_000_000,
+    "GB": 1_000_000_000,
+    "TB": 1_000_000_000_000,
+}
+SIZE_BYTES_MAX: Final = 10**15
+
+
+def bytes_of(value: Any) -> int:
+    """``50000``, ``"50kB"``, ``"1.5MB"`` in bytes; kB, MB, GB and TB are powers of 1000 (KB is taken for kB)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str) and (found := _SIZE.match(value)):
+        exact = EXACT.multiply(Decimal(found["number"]), Decimal(_BYTES[found["unit"]]))
+        size = int(exact)
+        if size != exact:
+            raise fault("SIZE_MALFORMED", f"{value!r} is not a whole number of bytes")
+    else:
+        raise fault(
+            "SIZE_MALFORMED",
+            f"{_shown(value)} is not a size: write whole bytes, or a number and kB, MB, GB or TB (powers of 1000)",
+        )
+    if not 1 <= size <= SIZE_BYTES_MAX:
+        raise fault("SIZE_MALFORMED", f"{_shown(value)} is out of bounds: write from 1 byte to 1000TB")
+    return size
+
+
+#: Bytes, at least one.
+SizeBytes = Annotated[
+    int,
+    BeforeValidator(bytes_of),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": SIZE_BYTES_MAX},
+                {"type": "string", "pattern": r"^[0-9]{1,15}(\.[0-9]{1,9})? ?(B|kB|KB|MB|GB|TB)$"},
+            ],
+            "examples": ["50MB", 1_000_000],
+        }
+    ),
+]
+
+
+def size_text(size_bytes: int) -> str | int:
+    """The shortest spelling that reads back the same: 50000000 → ``50MB``, 1234 → 1234."""
+    for unit in ("TB", "GB", "MB", "kB"):
+        if size_bytes and size_bytes % _BYTES[unit] == 0:
+            return f"{size_bytes // _BYTES[unit]}{unit}"
+    return size_bytes
+
+
 def _no_control_characters(text: str) -> str:
     if _CONTROL.search(text):
         raise fault("TEXT_MALFORMED", "the text holds control characters: remove them")

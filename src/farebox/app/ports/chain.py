@@ -58,6 +58,34 @@ class SettleUnknown:
     retry_after_s: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class RefundOrder:
+    """One settled payment to give back, whole, to its payer. ``postings`` are booked with it; ``reason`` is kept in its row."""
+
+    payment_key: bytes
+    payment_id: str
+    token: TokenAsset
+    payer: str
+    recipient: str
+    amount: int
+    postings: tuple[Posting, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refunded:
+    """The money has moved back, the payment's row says so and the postings are written."""
+
+    transaction_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotRefunded:
+    """Nothing moved, and asking again will not help: the payment is not settled (any more) or the recipient cannot pay."""
+
+    why: str
+
+
 Outcome = Settled | SettleRefused | SettleUnknown
 
 
@@ -85,6 +113,9 @@ class Chain(Protocol):
 
     async def settle(self, order: SettlementOrder) -> Outcome:
         """Move the money of a reserved payment. Safe to ask again with the same order; never raises ``Unavailable``."""
+
+    async def refund(self, order: RefundOrder) -> Refunded | NotRefunded:
+        """Move the money of a settled payment back. Safe to ask again with the same order. Raises ``Unavailable``."""
 
     async def close(self) -> None:
         """Return when every settlement asked for has its outcome."""

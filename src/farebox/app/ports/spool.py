@@ -15,6 +15,7 @@ class Rider:
 
     ``metric_key`` empty: the call is admitted and counted against its limits, but no usage event is made of it.
     ``billed_when_orphaned``: whether a call counts whose process died before the answer was known.
+    ``metered``: its bytes or credits are limited, so that how it ends is written down even where detail is dropped.
     """
 
     fare: FareKind
@@ -26,6 +27,7 @@ class Rider:
     pass_id: str = ""
     payer: str = ""
     billed_when_orphaned: bool = True
+    metered: bool = False
 
 
 class SpoolFull(Exception):
@@ -44,6 +46,20 @@ class CallSpool(Protocol):
         0 when the spool keeps no details (such a call is billed as it stands). Raises ``SpoolFull``."""
         ...
 
-    def done(self, number: int, status: int, bytes_up: int, bytes_down: int, billed: bool) -> None:
-        """Note how a call ended. ``billed`` False: nothing is owed for it, and its units are free again."""
+    def done(
+        self,
+        number: int,
+        status: int,
+        bytes_up: int,
+        bytes_down: int,
+        billed: bool,
+        used: Sequence[tuple[int, int]] = (),
+        credits: int | None = None,
+    ) -> None:
+        """Note how a call ended. ``billed`` False: nothing is owed for it, and the units it was admitted with are free again.
+
+        ``used``: lease id → units used of it in all, as it stands with this call at its end, for each lease of bytes that
+        it took from, and for that of credits if it did not cost one. ``credits`` it cost, for the usage event (negative:
+        it brought some).
+        """
         ...

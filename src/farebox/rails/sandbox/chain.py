@@ -11,7 +11,16 @@ import hashlib
 from collections.abc import Sequence
 from typing import Final
 
-from farebox.app.ports.chain import Outcome, Settled, SettlementOrder, SettleRefused, SettleUnknown
+from farebox.app.ports.chain import (
+    NotRefunded,
+    Outcome,
+    Refunded,
+    RefundOrder,
+    Settled,
+    SettlementOrder,
+    SettleRefused,
+    SettleUnknown,
+)
 from farebox.base.errors import InvariantError, Unavailable
 from farebox.base.money import Asset
 from farebox.domain.access import TokenAsset
@@ -19,7 +28,7 @@ from farebox.protocols.evm import ORDER, address_of, checksum_address
 from farebox.store import sandbox
 from farebox.store.gather import Gatherer
 from farebox.store.pool import Database
-from farebox.store.sandbox import Account, Made, NotMade, Transfer
+from farebox.store.sandbox import Account, Made, NotMade, Transfer, TransferBack
 
 SANDBOX_NETWORK: Final = "eip155:84532"
 SANDBOX_USDC: Final = TokenAsset(
@@ -94,6 +103,26 @@ class SandboxChain:
                 continue
             return _outcome(verdict, order)
         return SettleUnknown()
+
+    async def refund(self, order: RefundOrder) -> Refunded | NotRefunded:
+        back = TransferBack(
+            payment_key=order.payment_key,
+            transfer_key=hashlib.sha256(b"sandbox refund" + order.payment_key).digest(),
+            asset=order.token.address.lower(),
+            payer=order.payer,
+            recipient=order.recipient,
+            amount=order.amount,
+            transaction_hash=transaction_hash(b"refund" + order.payment_key),
+            postings=order.postings,
+            reason=order.reason,
+        )
+        async with self._database.transaction() as tx:
+            verdict = await sandbox.give_back(tx, back)
+        match verdict:
+            case Made(hash_):
+                return Refunded(hash_)
+            case NotMade(why):
+                return NotRefunded(why)
 
     async def close(self) -> None:
         """Return when every settlement asked for has its outcome."""
