@@ -21,7 +21,7 @@ PYTEST_ARGS ?= -n auto
 demo: $(VENV)/.farebox-demo
 	$(BIN)/farebox demo $(if $(ONCE),--once)
 
-test: $(VENV)/.farebox-dev
+test: $(VENV)/.farebox-dev $(VENV)/.farebox-tools
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: lint test
@@ -32,7 +32,7 @@ lint: $(VENV)/.farebox-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-campaign: $(VENV)/.farebox-dev
+campaign: $(VENV)/.farebox-dev $(VENV)/.farebox-tools
 	FAREBOX_CAMPAIGN=1 $(BIN)/python -m pytest -n 0
 
 bench: $(VENV)/.farebox-dev
@@ -52,6 +52,12 @@ $(VENV)/.farebox-dev: $(MANIFEST) | $(BIN)/python
 	@echo "installing into $(VENV) …"
 	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.farebox-demo
+
+# The programs that tests run (nginx, caddy, curl, wrk, Envoy): what is on PATH is used, the rest goes into .venv/tools.
+$(VENV)/.farebox-tools: tests/tools/install.sh | $(BIN)/python
+	@echo "looking for the programs that tests run …"
+	@PYTHON=$(BIN)/python tests/tools/install.sh $(VENV)/tools
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Farebox needs Python 3.11 or newer; set PYTHON=…")'

@@ -26,7 +26,8 @@ from farebox.base.time import Period
 from farebox.domain.access import AccountFare, AdmissionGrant, ExactFare, GrantLimit, Match, Rewrite, Route
 from farebox.domain.limits import PassLimits
 from farebox.domain.passes import Pass, grant_of
-from farebox.gateway.spool import AdmittedRecord, DoneRecord, Record, Spool, decode, file_name
+from farebox.gateway.spool import Spool, file_name
+from farebox.gateway.spool_records import AdmittedRecord, DoneRecord, Record, decode
 from farebox.store import grants, processes
 from farebox.store.changes import Listener
 from farebox.store.pool import Database

@@ -16,7 +16,7 @@ from farebox.base.money import Money
 from farebox.base.secrets import new_admin_key, new_customer_key
 from farebox.domain.access import AccountFare, Match, PassOffer, Route
 from farebox.domain.limits import PassLimits
-from farebox.gateway.spool import decode_rider
+from farebox.gateway.spool_records import decode_rider
 from farebox.store import grants, limits
 from tests.app.gate import ACCOUNT, EVERYTHING, Gate, a_call, a_customer, a_gate, header, put_grant, sell_pass
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.edges.edge import EDGES, SECRET, Edge, Upstream, an_edge, an_upstream, python_with_grpc, tool
+from tests.edges.edge import EDGES, SECRET, Edge, Upstream, an_edge, an_upstream, python_with_grpc
 from tests.journeys import house as journeys
 from tests.journeys.house import House, farebox_up
+from tests.tools import tool
 
 SHOP = """
 upstreams:

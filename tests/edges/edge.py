@@ -18,9 +18,9 @@ from typing import Any
 import httpx
 
 from tests.journeys.house import House
+from tests.tools import TOOLS, tool
 
 ROOT = Path(__file__).parents[2]
-TOOLS = Path(os.environ.get("FAREBOX_TEST_EDGES") or ROOT / ".venv" / "edges")
 TLS = Path(__file__).parent / "tls"
 CERTIFICATE, KEY = TLS / "fullchain.pem", TLS / "key.pem"
 SECRET = "edge+secret/of=the.tests~0123456789-ABCDEF"
@@ -28,17 +28,10 @@ SECRET = "edge+secret/of=the.tests~0123456789-ABCDEF"
 API, FAST = "api.example.com", "fast.example.com"
 
 
-def tool(name: str) -> str:
-    """A program that tests/edges/install.sh brings."""
-    path = TOOLS / "bin" / name
-    assert path.exists(), f"{path} is missing: run tests/edges/install.sh (or `make test`, which does)"
-    return str(path)
-
-
 def python_with_grpc() -> dict[str, str]:
     """The environment of a Python that has grpcio."""
     assert (TOOLS / "python" / "grpc").exists(), (
-        "grpcio is missing: run tests/edges/install.sh (or `make test`, which does)"
+        "grpcio is missing: run tests/tools/install.sh (or `make test`, which does)"
     )
     return {**os.environ, "PYTHONPATH": str(TOOLS / "python")}
 

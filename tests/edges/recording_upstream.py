@@ -1,7 +1,7 @@
 """A real HTTP/1.1 server that writes what it hears, one JSON object a line: method, target, headers.
 
-Run as ``python recording_upstream.py LOG``; prints its port. ``…/stream`` sends one line at once and the other one after
-somebody has called ``…/release``; ``…/401`` answers 401; everything else answers 200 with a short body.
+Run as ``python recording_upstream.py LOG``; prints its port. ``…/x/stream`` sends one line at once and the other one after
+somebody has called ``…/x/release``; ``…/401`` answers 401; everything else answers 200 with a short body.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import asyncio
 import json
 import os
 import sys
+from collections import defaultdict
 
 
 async def serve(log_path: str) -> None:
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    released = asyncio.Event()
+    released: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -28,15 +29,16 @@ async def serve(log_path: str) -> None:
                 body = await read_body(headers, reader)
                 heard = {"method": method, "target": target, "headers": pairs, "body": len(body)}
                 os.write(log, json.dumps(heard).encode() + b"\n")
-                if target.endswith("/release"):
-                    released.set()
-                if target.endswith("/stream"):
+                whose, _, what = target.rpartition("/")
+                if what == "release":
+                    released[whose].set()
+                if what == "stream":
                     writer.write(
                         b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
                     )
                     writer.write(b"9\r\ndata: 1\n\n\r\n")
                     await writer.drain()
-                    await released.wait()
+                    await released[whose].wait()
                     writer.write(b"9\r\ndata: 2\n\n\r\n0\r\n\r\n")
                     continue
                 status = b"401 Unauthorized" if target.endswith("/401") else b"200 OK"

@@ -307,13 +307,22 @@ def test_odd_requests_get_nothing(edge: Edge):
 def test_a_stream_arrives_as_it_is_written_over_http2(edge: Edge, host: str, tmp_path: Path):
     _, key = a_customer(edge)
     with subprocess.Popen(
-        edge.command("/paid/stream", "-H", f"X-API-Key: {key}", "-D", str(tmp_path / "head"), host=host),
+        edge.command(
+            f"/paid/{edge.name}-{host}/stream",
+            "-H",
+            f"X-API-Key: {key}",
+            "-D",
+            str(tmp_path / "head"),
+            host=host,
+        ),
         stdout=subprocess.PIPE,
     ) as client:
         assert client.stdout is not None
         first = client.stdout.read(9)
         assert client.poll() is None  # the upstream says the rest only after this
-        assert edge.curl("/paid/release", "-H", f"X-API-Key: {key}", host=host).status == 200
+        assert (
+            edge.curl(f"/paid/{edge.name}-{host}/release", "-H", f"X-API-Key: {key}", host=host).status == 200
+        )
         rest = client.stdout.read()
         client.wait(60)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -19,17 +18,15 @@ import websockets.exceptions
 from farebox.gateway.problems import refusal
 from tests.gateway.kit import Heard, House, catalog
 from tests.gateway.test_streaming import gives, until
+from tests.tools import tool
 
 MIB = 1024 * 1024
 
 
-async def runs(tool: str, *arguments: str) -> bytes:
+async def runs(program: str, *arguments: str) -> bytes:
     """What a program prints; an exit code other than 0 is an error, and so is a program that is not there."""
-    program = shutil.which(tool)
-    if program is None:
-        pytest.fail(f"{tool} is not installed; the tests need it: apt-get install {tool}")
     process = await asyncio.create_subprocess_exec(
-        program, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        tool(program), *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
     out, err = await process.communicate()
     assert process.returncode == 0, err.decode()

@@ -13,22 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farebox.app.ports.spool import Rider, SpoolFull
-from farebox.gateway.spool import (
+from farebox.gateway.spool import Spool, file_name, lock_path, try_lock
+from farebox.gateway.spool_records import (
     MAGIC,
     AdmittedRecord,
     CountedRecord,
     DoneRecord,
     LeasesRecord,
     Record,
-    Spool,
     StubRecord,
     decode,
     decode_rider,
     encode,
     encode_rider,
-    file_name,
-    lock_path,
-    try_lock,
 )
 
 u64 = st.integers(0, 2**64 - 1)

@@ -28,7 +28,8 @@ import structlog
 from farebox.app.ports.spool import Rider
 from farebox.base.errors import InvariantError, Unavailable
 from farebox.domain.limits import BYTE_KINDS, RATE_KINDS
-from farebox.gateway.spool import (
+from farebox.gateway.spool import boot_id, file_name, lock_path, try_lock
+from farebox.gateway.spool_records import (
     MAGIC,
     AdmittedRecord,
     CountedRecord,
@@ -36,12 +37,8 @@ from farebox.gateway.spool import (
     LeasesRecord,
     Record,
     StubRecord,
-    boot_id,
     decode,
     decode_rider,
-    file_name,
-    lock_path,
-    try_lock,
 )
 from farebox.store import limits, processes, spool
 from farebox.store.limits import OpenLease
@@ -92,6 +89,7 @@ class Shipper:
         self._lock = -1
         self._stubs: dict[bytes, _Prepared] = {}
         self._boot = boot_id()
+        self._second, self._second_text = -1, ""
         self.counts = Counts()
 
     def lock(self) -> bool:
@@ -163,6 +161,16 @@ class Shipper:
             elif name.endswith(".lock") and name != "shipper.lock":
                 found.add(name.removesuffix(".lock"))
         return found
+
+    def _time_text(self, microseconds: int) -> str:
+        """An instant as COPY wants it. The calls of one second share the most of it."""
+        second, rest = divmod(microseconds, 1_000_000)
+        if second != self._second:
+            self._second, self._second_text = (
+                second,
+                _instant(second * 1_000_000).strftime("%Y-%m-%dT%H:%M:%S"),
+            )
+        return f"{self._second_text}.{rest:06d}+00:00"
 
     def _prepared(self, stub: bytes) -> _Prepared:
         known = self._stubs.get(stub)
@@ -336,19 +344,24 @@ class _Source:
 
     def _add(self, admitted: AdmittedRecord, details: str) -> None:
         prepared = self.shipper._prepared(admitted.stub)
-        if prepared.columns:
-            name = admitted.request_id.removeprefix("req_")
-            self.rows.append(
-                f"{_copied('evt_' + name)}\t{prepared.columns}\t{_instant(admitted.at_us).isoformat()}\t"
-                f'{prepared.properties},"request_id":{_copied(json.dumps(admitted.request_id))},{details}}}'
-            )
+        if not prepared.columns:
+            return
+        request_id = admitted.request_id
+        name = request_id.removeprefix("req_")
+        said = f'"{request_id}"'
+        if not request_id.isidentifier():  # ours always are: nothing in them needs an escape
+            name, said = _copied(name), _copied(json.dumps(request_id))
+        at = self.shipper._time_text(admitted.at_us)
+        self.rows.append(
+            f'evt_{name}\t{prepared.columns}\t{at}\t{prepared.properties},"request_id":{said},{details}}}'
+        )
 
     def _add_counted(self, record: CountedRecord, end: int) -> None:
         prepared = self.shipper._prepared(self.stubs[record.stub_id])
         if prepared.columns:
             number = self.file.removesuffix(".spool").rpartition(".")[2].lstrip("0")
             self.rows.append(
-                f"evt_{self.process_id}_{number}_{end}\t{prepared.columns}\t{_instant(record.at_us).isoformat()}\t"
+                f"evt_{self.process_id}_{number}_{end}\t{prepared.columns}\t{self.shipper._time_text(record.at_us)}\t"
                 f'{prepared.properties},"detail":"dropped"}}'
             )
 

