@@ -253,8 +253,9 @@ async def test_a_gate_that_is_shut_holds_less_than_a_megabyte_of_either_side(hou
         await asyncio.sleep(0.3)
     exchange = next(iter(house.gateway._connections))._exchange
     assert exchange is not None
-    assert exchange._down is not None
-    held = len(exchange._down._held)
+    assert exchange._metering is not None
+    assert exchange._metering.down is not None
+    held = len(exchange._metering.down._held)
     writer.transport.abort()
     await until(lambda: house.door.finished)
 

@@ -326,7 +326,8 @@ class _Source:
                         admitted,
                         f'"status":{record.status},"bytes_up":{record.bytes_up},"bytes_down":{record.bytes_down}{credits}',
                     )
-                self.used.update(record.used)
+                if record.used:
+                    self.used.update(record.used)
             case LeasesRecord():
                 self.used.update(record.used)
             case StubRecord():
@@ -337,8 +338,9 @@ class _Source:
                     self._add_counted(record, end)
 
     def _spend(self, lease_ids: tuple[int, ...], units: int) -> None:
+        used = self.used
         for lease_id in lease_ids:
-            self.used[lease_id] = self.used.get(lease_id, 0) + units
+            used[lease_id] = used.get(lease_id, 0) + units
 
     # ── events ───────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -122,15 +122,15 @@ class Read:
 def decode(data: bytes, offset: int = 0, *, base: int = 0) -> Read:
     """Read the whole records of ``data[offset:]``. ``base`` is where ``data`` begins in the file."""
     records: list[tuple[Record, int]] = []
-    size, frame = len(data), _FRAME.size
+    size, frame, read_frame = len(data), _FRAME.size, _FRAME.unpack_from
     while offset + frame <= size:
-        length, checksum, kind = _FRAME.unpack_from(data, offset)
+        length, checksum, kind = read_frame(data, offset)
         if length > RECORD_BYTES_MAX or not ADMITTED <= kind <= COUNTED:
             return Read(records, base + offset, True)
         end = offset + frame + length
         if end > size:
             break
-        if zlib.crc32(data[offset + 8 : end]) != checksum:
+        if _crc32(data[offset + 8 : end]) != checksum:
             return Read(records, base + offset, True)
         try:
             record = _decoded(kind, data[offset + frame : end])
@@ -150,7 +150,7 @@ def _decoded(kind: int, payload: bytes) -> Record:
             up,
             down,
             bool(flags & _BILLED),
-            tuple(_LEASE.iter_unpack(payload[_DONE.size :])),
+            tuple(_LEASE.iter_unpack(payload[_DONE.size :])) if len(payload) > _DONE.size else (),
             credits if flags & _CREDITS_SAID else None,
         )
     if kind in (ADMITTED, CARRIED):

@@ -207,4 +207,14 @@ class _Side(asyncio.Protocol):
             self._transport.resume_reading()
 
 
-__all__: Final = ["Tunnel"]
+def agreed(offered: bytes, taken: bytes) -> bool:
+    """Whether an upstream's ``Upgrade`` names only protocols that the client's had."""
+    protocols = _protocols(taken)
+    return bool(protocols) and protocols <= _protocols(offered)
+
+
+def _protocols(said: bytes) -> set[bytes]:
+    return {p.strip().lower() for p in said.split(b",")} - {b""}
+
+
+__all__: Final = ["Tunnel", "agreed"]
