@@ -65,6 +65,8 @@ VARIABLES: Final[tuple[Variable, ...]] = (
     Variable("FAREBOX_BODY_BYTES_MAX", "request body on its way to an upstream; 0: no limit", "1GB"),
     Variable("FAREBOX_PAID_BODY_BYTES_MAX", "request body of an exact fare, held in memory while it is paid", "1048576"),
     Variable("FAREBOX_BUFFERED_BYTES_MAX", "request bodies a gateway process holds in memory, of all its clients together; beyond it 503", "64MB"),
+    Variable("FAREBOX_BUFFERED_BYTES_PER_CLIENT_MAX", "of these, bodies of one client address; beyond it 429", "16MB"),
+    Variable("FAREBOX_PAID_BODY_TIMEOUT_S", "seconds for the whole of a body that is held, however steadily it comes", "60"),
     Variable("FAREBOX_CONNECTIONS_MAX", "client connections a gateway process holds open", "10000"),
     Variable("FAREBOX_HEADER_TIMEOUT_S", "seconds a client has to send a request's headers", "15"),
     Variable("FAREBOX_IDLE_TIMEOUT_S", "seconds an idle client connection is kept", "75"),
@@ -72,6 +74,8 @@ VARIABLES: Final[tuple[Variable, ...]] = (
     Variable("FAREBOX_UPSTREAM_CONNECT_TIMEOUT_S", "seconds to reach an upstream", "5"),
     Variable("FAREBOX_UPSTREAM_IDLE_TIMEOUT_S", "seconds an idle upstream connection is kept; less than the upstream itself keeps it (Node: 5)", "4"),
     Variable("FAREBOX_UPSTREAM_CONNECTIONS_MAX", "connections a gateway process opens to one upstream", "512"),
+    Variable("FAREBOX_UPSTREAM_ATTEMPTS_MAX", "targets of an upstream that one call is taken to, when those before cannot be reached", "2"),
+    Variable("FAREBOX_TUNNEL_IDLE_TIMEOUT_S", "seconds a WebSocket or another tunnel is kept in which nothing moves", "300"),
     Variable("FAREBOX_DRAIN_TIMEOUT_S", "seconds a stopping process waits for calls in flight", "20"),
     Variable("FAREBOX_STALE_GRANT_S_MAX", "seconds a known key or pass serves while the database is away", "900"),
     Variable("FAREBOX_GRANT_TTL_S", "seconds a cached grant is used without looking again", "60"),
@@ -148,6 +152,8 @@ class GatewayConfig:
     body_bytes_max: int
     paid_body_bytes_max: int
     buffered_bytes_max: int
+    buffered_bytes_per_client_max: int
+    paid_body_timeout_s: float
     connections_max: int
     header_timeout_s: float
     idle_timeout_s: float
@@ -155,6 +161,8 @@ class GatewayConfig:
     upstream_connect_timeout_s: float
     upstream_idle_timeout_s: float
     upstream_connections_max: int
+    upstream_attempts_max: int
+    tunnel_idle_timeout_s: float
     drain_timeout_s: float
 
 
@@ -263,6 +271,10 @@ class Config:
                 body_bytes_max=reader.size("FAREBOX_BODY_BYTES_MAX", 0, 10**15),
                 paid_body_bytes_max=reader.size("FAREBOX_PAID_BODY_BYTES_MAX", 0, 10**9),
                 buffered_bytes_max=reader.size("FAREBOX_BUFFERED_BYTES_MAX", 65_536, 10**12),
+                buffered_bytes_per_client_max=reader.size(
+                    "FAREBOX_BUFFERED_BYTES_PER_CLIENT_MAX", 65_536, 10**12
+                ),
+                paid_body_timeout_s=reader.seconds("FAREBOX_PAID_BODY_TIMEOUT_S"),
                 connections_max=reader.whole("FAREBOX_CONNECTIONS_MAX", 1, 1_000_000),
                 header_timeout_s=reader.seconds("FAREBOX_HEADER_TIMEOUT_S"),
                 idle_timeout_s=reader.seconds("FAREBOX_IDLE_TIMEOUT_S"),
@@ -270,6 +282,8 @@ class Config:
                 upstream_connect_timeout_s=reader.seconds("FAREBOX_UPSTREAM_CONNECT_TIMEOUT_S"),
                 upstream_idle_timeout_s=reader.seconds("FAREBOX_UPSTREAM_IDLE_TIMEOUT_S"),
                 upstream_connections_max=reader.whole("FAREBOX_UPSTREAM_CONNECTIONS_MAX", 1, 65535),
+                upstream_attempts_max=reader.whole("FAREBOX_UPSTREAM_ATTEMPTS_MAX", 1, 100),
+                tunnel_idle_timeout_s=reader.seconds("FAREBOX_TUNNEL_IDLE_TIMEOUT_S"),
                 drain_timeout_s=reader.seconds("FAREBOX_DRAIN_TIMEOUT_S"),
             ),
             authorize=reader.authorize(),

@@ -7,7 +7,8 @@ from decimal import Decimal
 
 import pytest
 
-from farebox.app.leases import FIRST_SLICE, Holding, Leases
+from farebox.app.holdings import FIRST_SLICE, Holding
+from farebox.app.leases import Leases
 from farebox.base.errors import Unavailable
 from farebox.domain.access import AdmissionGrant, GrantLimit, OnExceed
 from farebox.store import grants, limits, processes

@@ -142,8 +142,10 @@ class Wire(asyncio.Transport):
         if self._wrote_eof:
             raise RuntimeError("Cannot call write() after write_eof()")
         if self._losing or not data:
+            self.end.rested |= bool(data)
             return
         if self.end.gone:
+            self.end.rested = True
             self.loop.call_soon(self._lose, ConnectionResetError())
             return
         self._unsent += data
@@ -260,18 +262,21 @@ class End:
         self.closed = False  # the connection is gone
         self.gone = False  # we are
         self.taking = True
+        self.said_all = False
+        self.rested = False  # it did not take everything at once
 
     def _act(self, act: Callable[..., None], *args: Any) -> None:
         self._wire.loop.call_soon(act, *args)
         self._wire.loop.settle()
 
     def sends(self, data: bytes) -> None:
-        if not self._wire.lost:
+        if not self._wire.lost and not self.said_all:
             self._act(self._wire.arrive, data)
 
     def half_closes(self) -> None:
         """Says no more, and listens on."""
         if not self._wire.lost:
+            self.said_all = True
             self._act(self._wire.arrive_end)
 
     def closes(self) -> None:
@@ -287,6 +292,7 @@ class End:
 
     def stops_taking(self) -> None:
         self.taking = False
+        self.rested = True
 
     def takes_on(self) -> None:
         self.taking = True
@@ -326,7 +332,9 @@ class Stage:
         door: OpenDoor | None = None,
         site: Any = None,
         trusted_proxies: tuple[str, ...] = (),
+        **more: Any,
     ) -> None:
+        """``more``: of the gateway."""
         global _loop
         if _loop is None:
             _loop = StageLoop()
@@ -340,12 +348,18 @@ class Stage:
         self.upstream_urls: list[str] = []  # of each, host:port
         self.upstream_refuses = False
         self.upstream_hangs = False
+        self.targets_down: set[str] = set()  # hosts that refuse connections
+        self.expected_logs: set[str] = set()  # loud ones that a script provokes
         self.accepts = False
         self._accept: Callable[[], Any] | None = None
         self._logs_kept = structlog.testing.capture_logs()
         self.logs = self._logs_kept.__enter__()
         self.gateway = Gateway(
-            self.door, site, served or catalog(UPSTREAM_URL, trusted_proxies=trusted_proxies), settings
+            self.door,
+            site,
+            served or catalog(UPSTREAM_URL, trusted_proxies=trusted_proxies),
+            settings,
+            **more,
         )
         self.loop.finish(self.gateway.serve(None))  # type: ignore[arg-type] - the loop does not ask for one
 
@@ -355,7 +369,7 @@ class Stage:
         await asyncio.sleep(0)
         if self.upstream_hangs:
             await self.loop.create_future()
-        if self.upstream_refuses:
+        if self.upstream_refuses or host in self.targets_down:
             raise ConnectionRefusedError
         protocol = factory()
         wire = Wire(self.loop, protocol, "192.0.2.1")
@@ -425,7 +439,12 @@ class Stage:
     def check(self) -> None:
         """What must hold at any time."""
         assert not self.errors, self.errors
-        loud = [entry for entry in self.logs if entry["log_level"] in ("error", "critical", "exception")]
+        loud = [
+            entry
+            for entry in self.logs
+            if entry["log_level"] in ("error", "critical", "exception")
+            and entry["event"] not in self.expected_logs
+        ]
         assert not loud, loud
         ended = [f.request_id for f in self.door.finished]
         assert len(ended) == len(set(ended)), f"finished twice: {ended}"
@@ -436,11 +455,16 @@ class Stage:
         assert gateway.counters.connections_open == 0
         assert gateway.buffered_bytes == 0, f"{gateway.buffered_bytes} bytes of bodies are still counted"
         assert not gateway.unattended
+        assert not gateway.timed
+        assert not gateway._tasks
         assert sorted(self.door.let_in) == sorted(f.request_id for f in self.door.finished), (
             "a call was admitted and never ended"
         )
         open_up = [n for n, end in enumerate(self.upstreams, 1) if not end.closed]
         assert not open_up, f"upstream connections {open_up} are still open"
+        for pool in [*gateway.pools.all(), *gateway.pools._retired]:
+            assert (pool.connections, pool.in_flight) == (0, 0), f"{pool.url} counts what is not there"
+            assert not pool._connecting
 
 
 def pieces_of(data: bytes, cuts: Sequence[int]) -> list[bytes]:

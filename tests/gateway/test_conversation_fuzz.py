@@ -1,13 +1,18 @@
-"""The short form of the fuzzer (fuzz_conversations.py): as many cases as a test may take, always the same ones."""
+"""The short form of the fuzzer (fuzz_conversations.py): as many cases as a test may take, always the same ones; and the long one."""
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 
-from tests.gateway.fuzz_conversations import case, failure_of, report, shrunk
+from tests.gateway.fuzz_cases import case
+from tests.gateway.fuzz_conversations import failure_of, report, shrunk
 from tests.gateway.stage import Stage
 
-_BATCH = 100
+_BATCH = 60
+_CAMPAIGN_S = 600.0
 
 
 @pytest.mark.parametrize("batch", range(10))
@@ -15,6 +20,17 @@ def test_random_conversations_break_no_rule(batch: int):
     for seed in range(batch * _BATCH, (batch + 1) * _BATCH):
         story = report(seed)
         assert story is None, story
+
+
+@pytest.mark.skipif(not os.environ.get("FAREBOX_CAMPAIGN"), reason="ten minutes: make campaign")
+def test_ten_minutes_of_random_conversations_break_no_rule():
+    first = seed = time.time_ns() // 1000
+    ends = time.monotonic() + _CAMPAIGN_S
+    while time.monotonic() < ends:
+        story = report(seed)
+        assert story is None, story
+        seed += 1
+    print(f"{seed - first} cases from seed {first}")
 
 
 def test_a_case_is_the_same_each_time():

@@ -329,6 +329,25 @@ def test_a_chunked_download_that_is_cut_has_no_last_chunk():
     talk.client_sees_the_end().upstream_sees_the_end().ends((200, 0, 7)).play()
 
 
+def test_a_little_that_is_left_of_an_upload_that_was_cut_is_read_off_and_goes_nowhere():
+    talk = metered(upload=7).client(http("POST /a HTTP/1.1", "Host: api.example", "Content-Length: 20"))
+    talk.upstream_hears(forwarded("POST /a HTTP/1.1", framing="Content-Length: 20"), on=1)
+    talk.client(b"0123456789").upstream_hears(b"0123456", on=1).upstream_sees_the_end(on=1)
+    talk.client_is_refused(402, "pass_exhausted", closed=False).ends((0, 7, 0), (200, 0, 2))
+    talk.client(b"9876543210" + get()).upstream_hears(GET_A, on=2).upstream(ok(), on=2)
+    talk.client_sees(seen()).client_is_kept().play(cuts=False)
+
+
+@pytest.mark.parametrize("framing", [f"Content-Length: {DEFAULTS.unread_body_bytes_max + 11}", CHUNKED])
+def test_an_upload_of_which_much_or_who_knows_how_much_is_left_closes_when_it_is_cut(framing: str):
+    piece = chunks(b"0123456789", last=False) if framing == CHUNKED else b"0123456789"
+    passed = chunks(b"0123456", last=False) if framing == CHUNKED else b"0123456"
+    talk = metered(upload=7).client(http("POST /a HTTP/1.1", "Host: api.example", framing))
+    talk.upstream_hears(forwarded("POST /a HTTP/1.1", framing=framing))
+    talk.client(piece).upstream_hears(passed).upstream_sees_the_end()
+    talk.client_is_refused(402, "pass_exhausted").ends((0, 7, 0)).play(cuts=False)
+
+
 def test_an_upload_is_cut_at_the_exact_byte_and_the_upstream_never_sees_a_whole_request():
     def told(stage: Stage) -> None:
         said = stage.clients[0].unheard()

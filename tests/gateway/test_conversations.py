@@ -603,6 +603,17 @@ def test_a_body_that_is_at_hand_is_sent_again_and_one_that_streams_is_not():
     ).play()
 
 
+def test_a_head_longer_than_what_may_be_sent_ahead_is_still_read():
+    fill = "X: " + "y" * 400
+    talk = Conversation(GatewaySettings(ahead_bytes_max=200, head_bytes_max=1000))
+    second = http("GET /b HTTP/1.1", "Host: api.example", fill)
+    talk.client(get()).upstream_hears(GET_A).client(second[:300])
+    talk.upstream(ok()).client_sees(seen()).client(second[300:])
+    talk.upstream_hears(forwarded("GET /b HTTP/1.1", fill)).upstream(ok()).client_sees(seen()).play(
+        cuts=False
+    )
+
+
 def test_a_fresh_connection_is_not_tried_twice():
     talk = Conversation().client(get()).upstream_hears(GET_A).upstream_closes()
     talk.client_is_refused(502, "upstream_failed", closed=False).upstream_connections(1).ends(

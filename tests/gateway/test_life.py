@@ -255,6 +255,32 @@ async def test_connections_waiting_to_be_accepted_are_served_before_the_end(hous
         sock.close()
 
 
+async def test_a_gateway_that_gets_little_time_still_lets_in_who_waits(house: House):
+    """Each turn of its loop takes long, as on a machine that is busy with other things."""
+    import socket
+    import time
+
+    loop = asyncio.get_running_loop()
+    drags = True
+
+    def drag() -> None:
+        time.sleep(0.002)
+        if drags:
+            loop.call_soon(drag)
+
+    waiting = [socket.create_connection(("127.0.0.1", house.port)) for _ in range(60)]
+    for sock in waiting:
+        sock.sendall(REQUEST)
+    loop.call_soon(drag)
+    await house.gateway.drain(20)
+    drags = False
+
+    for sock in waiting:
+        sock.settimeout(5)
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200"), "reset"
+        sock.close()
+
+
 async def test_what_does_not_end_in_time_is_cut_off_and_closed_out(house: House):
     async def sleeps(heard: Heard, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(60)

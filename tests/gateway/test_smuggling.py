@@ -7,11 +7,17 @@ and its connection is never used again. Every case is played whole, byte by byte
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
+from farebox.app.admission import Refusal
+from farebox.domain.access import AccountFare, Condition, FreeFare, Match, Route
+from farebox.gateway.problems import Fault, refusal
+from farebox.gateway.routing import RouteTable, choose
 from tests.gateway.conversations import Conversation, answered, chunks, forwarded, get, http, ok, seen
-from tests.gateway.kit import House
-from tests.gateway.stage import Stage
+from tests.gateway.kit import House, catalog
+from tests.gateway.stage import UPSTREAM_URL, Stage
 
 #: What a smuggler would like to be read as a request of its own.
 SMUGGLED = get("/smuggled")
@@ -545,6 +551,151 @@ def test_an_answers_headers_are_not_the_gateways():
     talk.client_sees(seen()).play()
 
 
+# ── another path than the one that was matched ──────────────────────────────────────────────────────────────────────
+
+FREE, DEAR = FreeFare(), AccountFare()
+STREETS = (
+    Route("paid", Match("/paid/{*rest}"), "up0", account=DEAR),
+    Route("report", Match("/reports/{id}"), "up0", account=DEAR),
+    Route("all reports", Match("/reports/all"), "up0", account=DEAR, metric="reports"),
+    Route("me", Match("/users/me"), "up0", account=DEAR),
+    Route("user", Match("/users/{name}"), "up0", account=DEAR),
+    Route("coffee", Match("/caf%C3%A9"), "up0", account=DEAR),
+    Route("orders", Match("/orders", ("POST",)), "up0", account=DEAR),
+    Route("gold", Match("/plans/a", headers=(Condition("x-plan", "exact", "gold"),)), "up0", account=DEAR),
+    Route("inside", Match("/inside", hosts=("in.example",)), "up0", account=DEAR),
+    Route("matrix", Match("/cars;new/{*rest}"), "up0", account=DEAR),
+    Route("cars", Match("/cars/{*rest}"), "up0", account=DEAR),
+    Route("free", Match("/{*rest}"), "up0", free=FREE),
+)
+
+
+def street(path: str, method: str = "GET", host: str = "api.example", **headers: str) -> str | None:
+    """The route that a path leads to. Raises Fault for one that is refused."""
+    table = RouteTable(catalog(UPSTREAM_URL, routes=STREETS), lambda _: False)
+    said = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    found = table.find(path.encode())
+    chosen = choose(found, method, host, said, b"")
+    assert found.only is None or not found.forgiving
+    return None if isinstance(chosen, frozenset) else chosen[0].route.id
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/p%61id/x", "/%70%61%69%64/x", "/p%2561id/x", "/paid;x/y", "/paid;x=1;y=2/y", "/paid%3bx/y", "/PAID/x", "/Paid/x", "/reports/%61ll",
+     "/reports/all;x", "/reports/ALL", "/reports/all/", "/users/m%65", "/users/me;x", "/caf%c3%a9", "/caf%C3%A9;x", "/CAF%C3%A9",
+     "/cars;old/1", "/cars%3Bnew/1", "/CARS;new/1"],
+)  # fmt: skip
+def test_a_path_that_a_forgiving_upstream_takes_for_another_routes_is_refused(path: str):
+    with pytest.raises(Fault, match="another route"):
+        street(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "route"),
+    [("/paid/x", "paid"), ("/paid/p%61id;x/Y/", "paid"), ("/paid", "free"), ("/reports/7", "report"), ("/reports/Q%33;draft", "report"),
+     ("/reports/all", "all reports"), ("/users/Me", "user"), ("/users/me", "me"), ("/users/Bob", "user"), ("/caf%C3%A9", "coffee"),
+     ("/cars;new/1", "matrix"), ("/cars/1;new", "cars"), ("/docs;v=1/Intro/", "free"), ("/docs/100%25", "free"), ("/orders/", "free"),
+     ("/Orders", "free"), ("/Plans/a", "free"), ("/inside/", "free"), ("/", "free"), ("/{paid}", "free")],
+)  # fmt: skip
+def test_a_path_that_all_upstreams_take_for_the_same_routes_goes_on(path: str, route: str):
+    assert street(path) == route
+
+
+def test_it_is_refused_only_where_the_other_route_would_take_the_call():
+    for path, more in [
+        ("/Orders", {"method": "POST"}),
+        ("/Plans/a", {"x_plan": "gold"}),
+        ("/inside/", {"host": "in.example"}),
+    ]:
+        with pytest.raises(Fault, match="another route"):
+            street(path, **more)
+
+
+def test_a_path_read_in_a_forgiving_way_reaches_no_upstream():
+    talk = Conversation(served=catalog(UPSTREAM_URL, routes=STREETS)).client(get("/p%61id/x") + SMUGGLED)
+    talk.client_is_refused(400, "request_malformed").upstream_hears_nothing().play()
+
+
+@pytest.mark.parametrize("name", ["X-Original-URL", "x-original-uri", "X-Rewrite-URL", "X_Original_URL"])
+@pytest.mark.parametrize("trusted", [(), ("203.0.113.0/24",)])
+def test_nobody_says_another_target_than_the_one_that_was_matched(name: str, trusted: tuple[str, ...]):
+    """IIS, Symfony and their like would route by it; a proxy in front passes on what its clients say."""
+    talk = Conversation(trusted_proxies=trusted)
+    talk.client(http("GET /a HTTP/1.1", "Host: api.example", f"{name}: /paid", "X-Kept: 1"))
+    talk.upstream_hears(forwarded("GET /a HTTP/1.1", "X-Kept: 1")).upstream(ok()).client_sees(seen()).play()
+
+
+@pytest.mark.parametrize(
+    "name", ["X-Original-URL", "Farebox-Customer", "Authorization", "X-API-Key", "Host", "X-Forwarded-For", "X-Payment", "Connection"]
+)  # fmt: skip
+def test_no_trailer_says_who_calls_or_what_for(name: str):
+    raw = http(
+        "POST /a HTTP/1.1", "Host: api.example", "Transfer-Encoding: chunked", f"Trailer: X-Sum, {name}"
+    )
+    raw += chunks(b"hi", trailers=f"X-Sum: 1\r\n{name}: x\r\n".encode())
+    heard = forwarded(
+        "POST /a HTTP/1.1",
+        "Trailer: x-sum",
+        framing="Transfer-Encoding: chunked",
+        body=chunks(b"hi", trailers=b"X-Sum: 1\r\n"),
+    )
+    Conversation().client(raw).upstream_hears(heard).upstream(ok()).client_sees(seen()).play()
+
+
+@pytest.mark.parametrize(
+    "named",
+    ["Farebox-Customer, Farebox-Request-Id", "farebox_customer", "X-Forwarded-For, X-Forwarded-Host, Host"],
+)
+def test_connection_takes_nothing_of_ours_off(named: str):
+    talk = Conversation().client(http("GET /a HTTP/1.1", "Host: api.example", f"Connection: {named}"))
+    talk.upstream_hears(forwarded("GET /a HTTP/1.1")).upstream(ok()).client_sees(seen()).play()
+
+
+# ── behind an upgrade ───────────────────────────────────────────────────────────────────────────────────────────────
+
+ASKS = http("GET /up HTTP/1.1", "Host: api.example", "Connection: Upgrade", "Upgrade: chat")
+ASKS_UP = forwarded("GET /up HTTP/1.1", framing="Connection: Upgrade\r\nUpgrade: chat")
+
+
+def test_what_stands_behind_a_refused_upgrade_is_a_request_like_any_other():
+    talk = Conversation().client(ASKS + SMUGGLED).upstream_hears(ASKS_UP)
+    talk.upstream(http("HTTP/1.1 403 No", "Content-Length: 0"))
+    talk.client_sees(answered("HTTP/1.1 403 No", framing="Content-Length: 0"))
+    talk.upstream_hears(forwarded("GET /smuggled HTTP/1.1")).upstream(ok()).client_sees(seen())
+    talk.ends((403, 0, 0), (200, 0, 2)).play()
+
+
+def test_the_words_of_a_refused_upgrade_go_nowhere():
+    stage = Stage()
+    client = stage.connect()
+    client.sends(ASKS + b"\x81\x85GET /x HTTP/1.1\r\n\r\n" + SMUGGLED)
+    [upstream] = stage.upstreams
+    heard = bytes(upstream.received)
+    upstream.sends(http("HTTP/1.1 426 No", "Content-Length: 0"))
+
+    assert [line for line in client.received.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")] == [
+        b"HTTP/1.1 426 No",
+        b"HTTP/1.1 400 Bad Request",
+    ]
+    assert upstream.received == heard
+    assert len(stage.upstreams) == 1
+    stage.leave()
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 5", "Transfer-Encoding: chunked", "Content-Length: 0"])
+def test_an_upgrade_has_no_body_to_hide_one_in(framing: str):
+    raw = ASKS[:-2] + framing.encode() + b"\r\n\r\n"
+    if framing.endswith(" 0"):
+        up = forwarded(
+            "GET /up HTTP/1.1", framing="Content-Length: 0\r\nConnection: Upgrade\r\nUpgrade: chat"
+        )
+        Conversation().client(raw).upstream_hears(up).upstream(ok()).client_sees(seen()).play()
+    else:
+        talk = Conversation().client(raw + SMUGGLED).client_is_refused(501, "upgrade_unsupported")
+        talk.upstream_hears_nothing().play()
+
+
 # ── over real sockets, and one by one behind each other ─────────────────────────────────────────────────────────────
 
 
@@ -569,3 +720,24 @@ async def test_a_malformed_chunk_over_real_sockets_is_no_request(house: House):
         assert [s.status for s in answers.said] == [400], chunk
         assert answers.said[0].headers["connection"] == "close"
     assert house.upstream.heard == []
+
+
+async def test_ten_thousand_requests_in_one_breath_are_each_asked_and_answered(house: House):
+    last = b"GET /last HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+
+    def every_other(call: object) -> object:
+        count[0] += 1
+        return house.door.admitted(call) if count[0] % 2 else no
+
+    count = [0]
+    no: Refusal = refusal("payment_required", "Pay what is asked for.")
+    house.door.decide = every_other  # type: ignore[assignment]
+    reader, writer = await house.connect()
+    writer.write(b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi" * 10_000 + last)
+    said = await asyncio.wait_for(reader.read(), 120)
+    writer.close()
+
+    assert (said.count(b"HTTP/1.1 200 "), said.count(b"HTTP/1.1 402 ")) == (5001, 5000)
+    assert count == [10_001]
+    assert len(house.upstream.heard) == len(house.door.finished) == 5001
+    assert house.upstream.connections == 1

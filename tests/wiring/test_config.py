@@ -9,6 +9,7 @@ import pytest
 
 from farebox.base.errors import Refused
 from farebox.config import VARIABLES, Config, unknown_variables
+from farebox.wiring.gateway import gateway_settings
 
 ROOT = Path(__file__).parents[2]
 MASTER = "0123456789abcdef0123456789abcdef"
@@ -88,6 +89,24 @@ def test_whole_numbers_are_plain_digits(value: str):
 )
 def test_sizes_are_powers_of_a_thousand(written: str, bytes_: int):
     assert Config.parse({"FAREBOX_BODY_BYTES_MAX": written}).gateway.body_bytes_max == bytes_
+
+
+def test_what_an_operator_sets_is_what_a_gateway_keeps():
+    settings = gateway_settings(
+        Config.parse(
+            {
+                "FAREBOX_BUFFERED_BYTES_PER_CLIENT_MAX": "2MB",
+                "FAREBOX_PAID_BODY_TIMEOUT_S": "7",
+                "FAREBOX_TUNNEL_IDLE_TIMEOUT_S": "8",
+                "FAREBOX_UPSTREAM_ATTEMPTS_MAX": "5",
+            }
+        )
+    )
+
+    assert settings.buffered_bytes_per_client_max == 2_000_000
+    assert settings.paid_body_timeout_s == 7
+    assert settings.tunnel_idle_timeout_s == 8
+    assert settings.attempts_max == 5
 
 
 def test_an_alias_is_read_and_the_own_name_wins():

@@ -30,7 +30,8 @@ from farebox.app.budgets import Budgets
 from farebox.app.credentials import Kind, credential, is_admin_key, is_customer_key
 from farebox.app.flows import CallMeter
 from farebox.app.grants import GrantCache, Known, Name
-from farebox.app.leases import Holding, Leases, NotTaken
+from farebox.app.holdings import Holding, NotTaken
+from farebox.app.leases import Leases
 from farebox.app.pass_tokens import PassClaims
 from farebox.app.ports.spool import CallSpool, Rider, SpoolFull
 from farebox.app.refusals import (
@@ -332,7 +333,7 @@ class FrontDoor:
         if ride.meter is None:
             self._spool.done(number, status, bytes_up, bytes_down, billed)
         else:
-            used, credits = self._settled_meter(terms, ride.meter, billed)
+            used, credits = self._settled_meter(ride, ride.meter, billed)
             self._spool.done(number, status, bytes_up, bytes_down, billed, used, credits)
         if not billed and number:
             self._leases.put_back(terms.holdings, ride.lease_ids)
@@ -340,17 +341,19 @@ class FrontDoor:
             self._leases.put_back(terms.slots)
 
     def _settled_meter(
-        self, terms: Terms, meter: CallMeter, billed: bool
+        self, ride: _Ride, meter: CallMeter, billed: bool
     ) -> tuple[list[tuple[int, int]], int | None]:
         """Make the credits what the upstream said; what the spool notes of the leases: (lease id, used), and the credits."""
         meter.close()
+        terms = ride.terms
         spent_from = [*terms.amounts]
         held, cost = terms.credits, meter.cost if billed else None
         if held is not None and cost is not None and cost != 1:
             if cost > 1:
                 self._leases.overdraw(held, cost - 1)
             else:
-                self._leases.put_back_units(held, 1 - cost)
+                whence = ride.lease_ids[terms.holdings.index(held)]
+                self._leases.put_back_units(held, 1 - cost, whence)
             spent_from.append(held)
         used = [(amount.lease_id, amount.used) for amount in spent_from if amount.lease_id]
         return used, cost if held is not None else None

@@ -497,7 +497,7 @@ class ExactFares:
 
     async def _find(self, key: bytes) -> StoredPayment | None:
         async with self._database.connection() as tx:
-            return (await payments.find(tx, [key])).get(key)
+            return (await payments.find(tx, [key], self._owner.process_id)).get(key)
 
     # ── words ────────────────────────────────────────────────────────────────────────────────────────────────────
 

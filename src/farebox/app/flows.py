@@ -18,7 +18,8 @@ from weakref import WeakValueDictionary
 import structlog
 
 from farebox.app.admission import Flow
-from farebox.app.leases import Holding, Leases
+from farebox.app.holdings import Holding
+from farebox.app.leases import Leases
 from farebox.base.errors import Unavailable
 
 #: The most credits an upstream may take, or give back, for one call.

@@ -233,7 +233,7 @@ class Purchases:
     async def _came_to_nothing(self, tx: Tx, purchase: Purchase) -> bool:
         """Whether the payment that a pending purchase waits for took nothing, so that another may take its place."""
         key = purchase.payment_key
-        earlier = None if key is None else (await payments.find(tx, [key])).get(key)
+        earlier = None if key is None else (await payments.find(tx, [key], self._owner.process_id)).get(key)
         if earlier is None or earlier.status in ("failed", "released"):
             return True
         if earlier.status == "reserved" and (earlier.expired or not earlier.owner_lives):

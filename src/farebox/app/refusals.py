@@ -10,7 +10,7 @@ import structlog
 
 from farebox.app.admission import Headers, Refusal
 from farebox.app.budgets import rate_limit_headers
-from farebox.app.leases import NotTaken
+from farebox.app.holdings import NotTaken
 from farebox.app.ports.spool import SpoolFull
 from farebox.base.errors import Reason, Unavailable
 from farebox.domain.access import Route

@@ -13,7 +13,8 @@ from typing import Final
 from farebox.app.admission import Standing
 from farebox.app.flows import CallMeter, Lanes, Way
 from farebox.app.grants import Known
-from farebox.app.leases import Holding, Leases
+from farebox.app.holdings import Holding
+from farebox.app.leases import Leases
 from farebox.app.ports.spool import CallSpool, Rider
 from farebox.app.refusals import (
     no_subscription,

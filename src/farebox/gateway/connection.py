@@ -13,19 +13,19 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from farebox.app.admission import Admitted, Answer, Call, Decision, Headers, Refusal, Standing
-from farebox.gateway.answers import refusal_of, too_large, unrouted, written
-from farebox.gateway.bodies import Body, LengthBody
+from farebox.gateway.answers import refusal_of, unrouted, written
+from farebox.gateway.client_socket import AHEAD, PACED, UPLOAD, ClientSocket
 from farebox.gateway.exchange import Exchange
-from farebox.gateway.forwarding import lines_for_stranger
 from farebox.gateway.heads import HEAD_END, HeaderBlock, RequestHead, check_unfinished, read_request_head
 from farebox.gateway.held_bodies import HeldBody
 from farebox.gateway.pools import Destination
 from farebox.gateway.problems import Fault, problem, refusal
+from farebox.gateway.request_body import RequestBody
 from farebox.gateway.routing import Found, Way, choose
 from farebox.gateway.upstream import NEVER
 
@@ -34,52 +34,38 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-#: Why the socket is not read for now.
-_AHEAD, _UPLOAD, _PACED = 1, 2, 4
-
 READS_HEAD, DECIDES, STREAMS, READS_OFF, LINGERS, TUNNELS, CLOSED = range(7)
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _BLOCK_KEPT_BYTES_MAX: Final = 1024
-_LINGER_BYTES_MAX: Final = 1024 * 1024
 
 
-class ClientConnection(asyncio.Protocol):
+class ClientConnection(ClientSocket):
     """The server's side of one TCP connection."""
 
     __slots__ = (
-        "_block", "_body", "_body_bytes", "_body_bytes_max", "_broken", "_collected", "_exchange", "_expects_continue", "_forgave", "_found",
-        "_full", "_gateway", "_head", "_held", "_held_body", "_inbox", "_reading_on", "_scanned", "_state", "_taken_off", "_to", "_transport",
-        "_unflushed", "_way", "call", "deadline", "forwarded_lines", "keep_alive", "peer", "request_id", "request_id_line", "trusted",
+        "_block", "_body", "_broken", "_collected", "_exchange", "_forgave", "_found", "_head", "_held_body", "_inbox", "_reading_on", "_scanned",
+        "_state", "_to", "_way", "call", "keep_alive", "request_id", "request_id_line",
     )  # fmt: skip
 
     def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-        self._transport: asyncio.Transport | None = None
+        super().__init__(gateway)
         self._state = READS_HEAD
         self._inbox = b""
         self._scanned = 0  # so far no end of a head in the inbox
         self._forgave = False  # an empty line before this request
         self._reading_on = False
-        self._held = 0  # _AHEAD | _UPLOAD | _PACED
         self._head: RequestHead | None = None
         self._block: HeaderBlock | None = None  # the header lines of the request before
-        self._body: Body | None = None  # what is still to come of the request's body
+        self._body: RequestBody | None = None  # what is still to come of the request's body
         self._exchange: Exchange | None = None
         self._broken = False  # a rule was broken: what still comes cannot be told apart
-        self._expects_continue = False
         self._collected: HeldBody | None = None  # the body, while it is collected
         self._held_body: HeldBody | None = None  # it counts until the call is over
-        self._body_bytes = 0  # of a body that streams
-        self._body_bytes_max = 0
-        self._taken_off = 0
-        self._full = False  # the client does not keep up with its answer
-        self._unflushed = 0  # what it had not taken when we last looked
         self._way: Way | None = None
         self._to: Destination | None = None
         self._found: Found | None = None
         self.call: Call | None = None
-        self.deadline = NEVER
         self.keep_alive = True
         self.request_id = ""
         self.request_id_line = b""
@@ -87,14 +73,8 @@ class ClientConnection(asyncio.Protocol):
     # ── from the event loop ─────────────────────────────────────────────────────────────────────────────────────────
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        gateway = self._gateway
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(gateway.settings.write_buffer_bytes)
-        name = transport.get_extra_info("peername")
-        self.peer = name[0].removeprefix("::ffff:") if isinstance(name, tuple) and name else ""
-        self.trusted = self.peer in gateway.trusted_proxies
-        self.forwarded_lines = lines_for_stranger(self.peer)
-        settings = gateway.settings
+        super().connection_made(transport)
+        gateway, settings = self._gateway, self._settings
         self.deadline = gateway.ticker.now + (
             settings.linger_s if gateway.draining else settings.head_timeout_s
         )
@@ -106,25 +86,23 @@ class ClientConnection(asyncio.Protocol):
         if state == READS_HEAD:
             self._inbox = self._inbox + data if self._inbox else data
             self._read_on()
-            if self._full and len(self._inbox) > self._gateway.settings.ahead_bytes_max:
-                self._hold(_AHEAD)
+            if self._full and len(self._inbox) > self._settings.ahead_bytes_max:
+                self._hold(AHEAD)
         elif self._body is not None and (state in (STREAMS, READS_OFF) or self._collected is not None):
             self._feed(data)
         elif state == LINGERS:
-            self._taken_off += len(data)
-            if self._taken_off > _LINGER_BYTES_MAX:
-                self._abort()
+            self._linger_on(len(data))
         elif state != CLOSED:
             self._inbox += data
-            if len(self._inbox) > self._gateway.settings.ahead_bytes_max:
-                self._hold(_AHEAD)
+            if len(self._inbox) > self._settings.ahead_bytes_max:
+                self._hold(AHEAD)
 
     def eof_received(self) -> bool:
         """The client closed, or at least says no more; the two look the same from here. Its call is given up, as nginx and
         Envoy do: an upstream should not work for a buyer who left. What it works on for a payment is settled first, and its
         answer kept (exchange.py)."""
         if self._state in (DECIDES, STREAMS):
-            self._abort()
+            self.abort()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -140,22 +118,16 @@ class ClientConnection(asyncio.Protocol):
             exchange.client_lost()
 
     def pause_writing(self) -> None:
-        transport = self._transport
-        if transport is None:
-            return
-        self._full = True
-        self._unflushed = transport.get_write_buffer_size()
-        self.deadline = self._gateway.ticker.now + self._gateway.settings.write_stall_timeout_s
+        super().pause_writing()
         if self._exchange is not None:
             self._exchange.client_full()
 
     def resume_writing(self) -> None:
         self._full = False
-        now, settings = self._gateway.ticker.now, self._gateway.settings
         if self._body is not None and (self._state == STREAMS or self._collected is not None):
             self._await_body()
         elif self._state == READS_HEAD:
-            self.deadline = now + settings.idle_timeout_s
+            self.deadline = self._gateway.ticker.now + self._settings.idle_timeout_s
         elif self._state in (DECIDES, STREAMS):
             self.deadline = NEVER
         if self._exchange is not None:
@@ -173,61 +145,48 @@ class ClientConnection(asyncio.Protocol):
             assert self._exchange.tunnel is not None
             self._exchange.tunnel.expire()
         elif self._full:
-            left = transport.get_write_buffer_size()
-            if left < self._unflushed:
-                self._unflushed = left
-                self.deadline = self._gateway.ticker.now + self._gateway.settings.write_stall_timeout_s
-            else:
-                self._abort()
+            if not self._still_takes(transport):
+                self.abort()
         elif self._state == READS_HEAD and not self._inbox:
             self._close()
         elif self._state in (LINGERS, READS_OFF):
-            self._abort()
+            self.abort()
         else:
             self._break_request(Fault("request_timeout", "The request did not arrive in time."))
 
     # ── for the exchange ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def write(self, data: bytes) -> None:
-        if self._transport is not None:
-            self._transport.write(data)
-
     def hold_upload(self) -> None:
         """The upstream takes no more of the body for now."""
-        self._hold(_UPLOAD)
+        self._hold(UPLOAD)
         if not self._full:
             self.deadline = NEVER
 
     def release_upload(self) -> None:
-        self._release(_UPLOAD)
+        self._release(UPLOAD)
         if not self._full and self._body is not None:
             self._await_body()
 
     def pace_upload(self) -> None:
         """No more of the body may pass for now. A client that has sent all of it is still listened to: it may leave."""
         if self._body is not None:
-            self._hold(_PACED)
+            self._hold(PACED)
             if not self._full:
                 self.deadline = NEVER
 
     def unpace_upload(self) -> None:
-        self._release(_PACED)
+        self._release(PACED)
         if not self._full and self._body is not None:
             self._await_body()
 
     def _await_body(self) -> None:
         """More of the request's body has to come by then, unless it is us who hold it up."""
-        if self._held & (_UPLOAD | _PACED):
+        if self._held & (UPLOAD | PACED):
             self.deadline = NEVER
             return
-        self.deadline = self._gateway.ticker.now + self._gateway.settings.body_stall_timeout_s
+        self.deadline = self._gateway.ticker.now + self._settings.body_stall_timeout_s
         if self._collected is not None:
             self.deadline = min(self.deadline, self._collected.ends_at)
-
-    @property
-    def full(self) -> bool:
-        """The client does not keep up with what is written."""
-        return self._full
 
     def hand_over(self, protocol: asyncio.Protocol) -> tuple[asyncio.Transport, bytes]:
         """From now on ``protocol`` hears what comes; it also gets what came ahead. Told of the connection's loss it tells us."""
@@ -235,7 +194,7 @@ class ClientConnection(asyncio.Protocol):
         assert transport is not None
         self._state = TUNNELS
         self.keep_alive = False
-        self._release(_AHEAD | _UPLOAD | _PACED)
+        self._release(AHEAD | UPLOAD | PACED)
         ahead, self._inbox = self._inbox, b""
         transport.set_protocol(protocol)
         return transport, ahead
@@ -248,6 +207,12 @@ class ClientConnection(asyncio.Protocol):
             self._leave()
         else:
             self._next()
+
+    def end_upload(self) -> None:
+        """No more of the body is wanted: a little that is left is read off after the answer, else the connection closes with it."""
+        body = self._body
+        if body is not None and (body.left is None or self._much_is_left(body)):
+            self.keep_alive = False
 
     def refuse(self, refused: Refusal, exchange: Exchange) -> None:
         """The exchange ended without an answer of the upstream: say why."""
@@ -292,11 +257,11 @@ class ClientConnection(asyncio.Protocol):
                 pass
         finally:
             self._reading_on = False
-        if self._held & _AHEAD and len(self._inbox) <= self._gateway.settings.ahead_bytes_max:
-            self._release(_AHEAD)
+        if self._held & AHEAD and len(self._inbox) <= self._settings.ahead_bytes_max:
+            self._release(AHEAD)
 
     def _read_head(self) -> bool:
-        settings = self._gateway.settings
+        settings = self._settings
         data = self._inbox
         try:
             if not self._forgave and data.startswith(b"\r\n"):
@@ -342,13 +307,13 @@ class ClientConnection(asyncio.Protocol):
         self._head = head
         self._block = head.block if len(head.block.raw) <= _BLOCK_KEPT_BYTES_MAX else None
         self.keep_alive = head.keep_alive
-        self._body = head.block.body()
+        reader = head.block.body()
+        self._body = None
         self._state = DECIDES
-        self._expects_continue = head.block.expects_continue and head.version_1_1 and self._body is not None
         self.request_id = request_id = gateway.next_request_id()
         self.request_id_line = gateway.answer_lines + request_id.encode()
-        if self._body is not None:
-            self._bound_body(head, None)
+        if reader is not None:
+            self._body = RequestBody(head, reader, self._settings.body_bytes_max)
 
         layout = gateway.layout
         found = layout.table.known.get(head.path)
@@ -356,7 +321,7 @@ class ClientConnection(asyncio.Protocol):
             found = layout.table.find(head.path)
         if found.ours:
             self._found = found
-            self._collect(gateway.settings.site_body_bytes_max)
+            self._collect(self._settings.site_body_bytes_max)
             return
         if found.only is not None:
             way, params = found.only, found.only_params
@@ -366,11 +331,7 @@ class ClientConnection(asyncio.Protocol):
                 self._reply_refusal(unrouted(chosen))
                 return
             way, params = chosen
-        client = (
-            self.peer
-            if not self.trusted
-            else gateway.trusted_proxies.client_of(self.peer, head.block.forwarded)
-        )
+        client = self.peer if not self.trusted else self.address(head.block.forwarded)
         self._way = way
         self._to = layout.destinations[way.route.upstream]
         self._found = None
@@ -386,9 +347,9 @@ class ClientConnection(asyncio.Protocol):
             params,
         )
         if way.route.body_bytes_max is not None and self._body is not None:
-            self._bound_body(head, way.route.body_bytes_max)
+            self._body.bound(way.route.body_bytes_max)
         if gateway.door.needs_body(call):
-            self._collect(gateway.settings.paid_body_bytes_max)
+            self._collect(self._settings.paid_body_bytes_max)
         else:
             self._ask(call)
 
@@ -446,7 +407,7 @@ class ClientConnection(asyncio.Protocol):
                 data, self._inbox = self._inbox, b""
                 try:
                     payload, ended, self._inbox = self._body.feed(data)
-                    self._count_body(payload)
+                    self._body.count(payload)
                 except Fault as fault:
                     self._break_request(fault)
                     return
@@ -456,70 +417,53 @@ class ClientConnection(asyncio.Protocol):
                 self._body = None
             else:
                 self._continue()
-                self.deadline = gateway.ticker.now + gateway.settings.body_stall_timeout_s
-        if self._held and len(self._inbox) <= gateway.settings.ahead_bytes_max:
-            self._release(_AHEAD)
+                self.deadline = gateway.ticker.now + self._settings.body_stall_timeout_s
+        if self._held and len(self._inbox) <= self._settings.ahead_bytes_max:
+            self._release(AHEAD)
         exchange.begin(payload, ended)
 
     # ── bodies ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _bound_body(self, head: RequestHead, route_bytes_max: int | None) -> None:
-        """How large the body may be: here, and on its route when that says less."""
-        if head.block.upgrade and head.version_1_1:
-            raise Fault("upgrade_unsupported", "A request that asks for an upgrade must not have a body.")
-        bytes_max = self._gateway.settings.body_bytes_max
-        if route_bytes_max is not None:
-            bytes_max = min(bytes_max, route_bytes_max)
-        self._body_bytes, self._body_bytes_max = 0, bytes_max
-        if head.block.content_length > bytes_max:
-            raise too_large(bytes_max)
-
-    def _count_body(self, payload: bytes) -> None:
-        self._body_bytes += len(payload)
-        if self._body_bytes > self._body_bytes_max:
-            raise too_large(self._body_bytes_max)
-
     def _collect(self, bytes_max: int) -> None:
         """Hold the whole body before going on: the door binds it, or one of our pages reads it."""
-        gateway, body = self._gateway, self._body
-        call, head = self.call, self._head
+        gateway, body, head = self._gateway, self._body, self._head
         assert head is not None
-        if call is not None:
-            address = call.client_address
-            if body is not None:
-                bytes_max = min(bytes_max, self._body_bytes_max)
+        if self.call is None:
+            address = self.address(head.block.forwarded)
         else:
-            address = (
-                self.peer
-                if not self.trusted
-                else gateway.trusted_proxies.client_of(self.peer, head.block.forwarded)
-            )
-        ends_at = gateway.ticker.now + gateway.settings.paid_body_timeout_s
+            address = self.call.client_address
+            if body is not None:
+                bytes_max = min(bytes_max, body.bytes_max)
+        ends_at = gateway.ticker.now + self._settings.paid_body_timeout_s
         self._collected = self._held_body = HeldBody(gateway.held_bodies, address, bytes_max, ends_at)
         if body is None:
             self._collected_all()
             return
-        if isinstance(body, LengthBody):
+        if body.left is not None:
             self._collected.expect(body.left)
         self._await_body()
         if self._inbox:
             data, self._inbox = self._inbox, b""
             self._feed(data)
-        if self._body is not None and self._state == DECIDES:
+        if self._state == DECIDES:
             self._continue()
 
     def _continue(self) -> None:
-        if self._expects_continue:
-            self._expects_continue = False
+        if self._body is not None and self._body.awaited:
+            self._body.awaited = False
             self.write(_CONTINUE)
 
     def _feed(self, data: bytes) -> None:
         """More of the body of the request at hand."""
         body = self._body
         assert body is not None
-        gateway = self._gateway
+        exchange, collected = self._exchange, self._collected
         try:
             payload, ended, rest = body.feed(data)
+            if exchange is not None:
+                body.count(payload)
+            elif collected is not None:
+                collected.add(payload)
         except Fault as fault:
             self._break_request(fault)
             return
@@ -531,36 +475,24 @@ class ClientConnection(asyncio.Protocol):
                 self.deadline = NEVER
             else:
                 self._await_body()
-        exchange = self._exchange
         if exchange is not None:
-            try:
-                self._count_body(payload)
-            except Fault as fault:
-                self._break_request(fault)
-                return
             if ended and body.trailers:
                 exchange.trailed_up(body.trailers)
             if payload or ended:
                 exchange.more(payload, ended)
+        elif collected is not None:
+            if ended:
+                self._collected_all()
         elif self._state == READS_OFF:
             self._taken_off += len(payload)
             if ended:
                 self._next()
-            elif self._taken_off > gateway.settings.unread_body_bytes_max:
+            elif self._taken_off > self._settings.unread_body_bytes_max:
                 self._leave()
-        elif self._collected is not None:
-            try:
-                self._collected.add(payload)
-            except Fault as fault:
-                self._break_request(fault)
-                return
-            if ended:
-                self._collected_all()
 
     def _collected_all(self) -> None:
         assert self._collected is not None
         body, self._collected = self._collected.take(), None
-        self._expects_continue = False
         try:
             if self._found is not None:
                 self._gateway.spawn(self._show(self._found, body))
@@ -581,14 +513,14 @@ class ClientConnection(asyncio.Protocol):
         head, gateway = self._head, self._gateway
         assert head is not None
         assert gateway.site is not None
-        client = (
-            self.peer
-            if not self.trusted
-            else gateway.trusted_proxies.client_of(self.peer, head.block.forwarded)
-        )
         try:
             answer = await gateway.site.answer(
-                head.method, found.path, head.query.decode("ascii"), head.block.headers, body, client
+                head.method,
+                found.path,
+                head.query.decode("ascii"),
+                head.block.headers,
+                body,
+                self.address(head.block.forwarded),
             )
         except Exception as exc:  # noqa: BLE001 - one call's fault is not the connection's
             self._reply_exception(exc)
@@ -639,13 +571,7 @@ class ClientConnection(asyncio.Protocol):
         if self._transport is None or self._state in (CLOSED, LINGERS):
             return
         unread = self._body
-        if unread is not None and (
-            self._expects_continue
-            or (
-                isinstance(unread, LengthBody)
-                and unread.left - len(self._inbox) > self._gateway.settings.unread_body_bytes_max
-            )
-        ):
+        if unread is not None and (unread.awaited or self._much_is_left(unread)):
             self.keep_alive = False
         if self._gateway.draining:
             self.keep_alive = False
@@ -668,11 +594,16 @@ class ClientConnection(asyncio.Protocol):
         else:
             self._read_off()
 
+    def _much_is_left(self, unread: RequestBody) -> bool:
+        """More than we read off to be able to use the connection again."""
+        left = unread.left
+        return left is not None and left - len(self._inbox) > self._settings.unread_body_bytes_max
+
     def _read_off(self) -> None:
         """Take what is left of a refused request's body off the connection, to use it again."""
         self._state = READS_OFF
         self._taken_off = 0
-        self._release(_AHEAD | _UPLOAD | _PACED)
+        self._release(AHEAD | UPLOAD | PACED)
         self._await_body()
         if self._inbox:
             data, self._inbox = self._inbox, b""
@@ -688,12 +619,12 @@ class ClientConnection(asyncio.Protocol):
         self._head = None
         self.request_id = ""
         self._scanned = 0
-        settings = self._gateway.settings
+        settings = self._settings
         if not self._full:
             wait_s = settings.linger_s if self._gateway.draining else settings.idle_timeout_s
             self.deadline = self._gateway.ticker.now + wait_s
         if self._held:
-            self._release(_UPLOAD | _PACED)
+            self._release(UPLOAD | PACED)
         if self._inbox:
             self._read_on()
 
@@ -707,43 +638,17 @@ class ClientConnection(asyncio.Protocol):
             return
         self._state = LINGERS
         self._inbox = b""
-        self._taken_off = 0
-        self.deadline = self._gateway.ticker.now + self._gateway.settings.linger_s
-        self._release(_AHEAD | _UPLOAD | _PACED)
-        if transport.can_write_eof():
-            transport.write_eof()
+        self._linger(transport)
 
     def _close(self) -> None:
         """Close once everything written has gone out."""
         if self._transport is not None:
             self._state = CLOSED
-            self.deadline = self._gateway.ticker.now + self._gateway.settings.write_stall_timeout_s
-            self._unflushed, self._full = self._transport.get_write_buffer_size(), True
-            self._transport.close()
-
-    def _abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
+            self._close_written(self._transport)
 
     def leave_when_idle(self) -> None:
         """The gateway drains: an idle connection gets a moment for a request that is on its way, then it is closed."""
         if self._state == READS_HEAD and not self._inbox:
-            self.deadline = min(self.deadline, self._gateway.ticker.now + self._gateway.settings.linger_s)
+            self.deadline = min(self.deadline, self._gateway.ticker.now + self._settings.linger_s)
         elif self._state in (LINGERS, READS_OFF):
-            self._abort()
-
-    def abort(self) -> None:
-        """The gateway stops now."""
-        self._abort()
-
-    def _hold(self, why: int) -> None:
-        if not self._held and self._transport is not None and not self._transport.is_closing():
-            self._transport.pause_reading()
-        self._held |= why
-
-    def _release(self, why: int) -> None:
-        if not self._held:
-            return
-        self._held &= ~why
-        if not self._held and self._transport is not None and not self._transport.is_closing():
-            self._transport.resume_reading()
+            self.abort()

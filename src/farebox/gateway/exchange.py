@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from farebox.app.admission import LIMIT_NAMES, Admitted, Call, Refusal
+from farebox.app.admission import Admitted, Call, Refusal
 from farebox.base.errors import Reason
-from farebox.gateway.answer_heads import set_by_us, with_ours
+from farebox.gateway.answer_heads import field_lines, framed_lines, set_by_us
 from farebox.gateway.bodies import LAST_CHUNK, chunk
 from farebox.gateway.dispatch import Dispatch
 from farebox.gateway.fields import canonical
@@ -33,7 +33,7 @@ from farebox.gateway.pools import Destination
 from farebox.gateway.problems import STATUS
 from farebox.gateway.requests import request_bytes
 from farebox.gateway.routing import Way
-from farebox.gateway.trailers import announced, last_chunk, passing
+from farebox.gateway.trailers import last_chunk, passing
 from farebox.gateway.tunnel import Tunnel, agreed
 from farebox.gateway.upstream import NEVER, UpstreamConnection
 
@@ -335,6 +335,8 @@ class Exchange:
             self._pending.lost = True
             return
         self._finish_anyway(0, code)
+        if self.client is not None:
+            self.client.end_upload()
         self._turn_away(code, detail, facts)
 
     def overdue(self) -> None:
@@ -386,43 +388,19 @@ class Exchange:
         if client is None:
             self._absent(payload, ended)
             return
-        gateway = self._gateway
-        lines = [head.reason, *head.lines]
-        if self._way.rewrites_answer:
-            lines = [head.reason, *self._way.rewrite_answer(head.lines)]
-        admitted = self.admitted
-        if admitted.answer_headers:
-            lines = with_ours(lines, head, admitted, gateway)
-        if admitted.answer_lines:
-            if head.contested:
-                lines = [line for line in lines if line.partition(b":")[0].lower() not in LIMIT_NAMES]
-            lines.append(admitted.answer_lines)
-        lines.append(client.request_id_line)
         if head.status == 101:
-            self._switch(client, head, lines, payload)
+            self._switch(client, head, payload)
             return
-        bodiless = self.call.method == "HEAD" or head.status == 204 or head.status == 304
-        if head.content_length >= 0:
-            if head.status != 204:
-                lines.append(b"Content-Length: %d" % head.content_length)
-        elif not bodiless:
-            if ended and self._end_down is LAST_CHUNK:
-                lines.append(b"Content-Length: %d" % len(payload))
-            elif self._head.version_1_1:
-                self._down_chunked = True
-                if head.trailer and self._head.block.takes_trailers:
-                    lines += announced(head.trailer, gateway.answer_book, set_by_us(self._way, admitted))
-                lines.append(b"Transfer-Encoding: chunked")
-            else:
-                client.keep_alive = False
-        elif head.chunked and self._head.version_1_1 and head.status != 204:
-            lines.append(b"Transfer-Encoding: chunked")
-        if not self.request_ended or gateway.draining:
-            client.keep_alive = False
-        if not client.keep_alive:
-            lines.append(b"Connection: close")
-        elif not self._head.version_1_1:
-            lines.append(b"Connection: keep-alive")
+        lines, self._down_chunked = framed_lines(
+            self._gateway,
+            client,
+            self._head,
+            head,
+            self._way,
+            self.admitted,
+            len(payload) if ended and self._end_down is LAST_CHUNK else -1,
+            not self.request_ended or self._gateway.draining,
+        )
         lines.append(b"")
         self._released = True
         if self._metering is not None and self._metering.down is not None:
@@ -439,8 +417,9 @@ class Exchange:
         else:
             client.write(b"\r\n".join(lines))
 
-    def _switch(self, client: ClientConnection, head: AnswerHead, lines: list[bytes], ahead: bytes) -> None:
+    def _switch(self, client: ClientConnection, head: AnswerHead, ahead: bytes) -> None:
         """The upstream changed the protocol, as it was asked to: nobody here knows what is said from now on."""
+        lines = field_lines(self._gateway, client, head, self._way, self.admitted)
         connection, self.connection = self.connection, None
         if connection is None:  # it died while something was settled
             if self._pending is not None:
@@ -451,7 +430,8 @@ class Exchange:
             return
         self._released = True
         self.ends_at = NEVER
-        client.write(b"\r\n".join([*lines, b"Connection: Upgrade", b"Upgrade: " + head.upgrade, b"", b""]))
+        lines += [b"Connection: Upgrade", b"Upgrade: " + head.upgrade, b"", b""]
+        client.write(b"\r\n".join(lines))
         self._tunnel = Tunnel(self._gateway, client, connection, self.admitted.meter, self._tunnel_over)
         self._tunnel.begin(ahead)
 

@@ -46,6 +46,10 @@ _HOP_BY_HOP: Final = (
     b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"proxy-authentication-info",
 )  # fmt: skip
 
+#: IIS, Symfony and their like route by these instead of the target that was matched and paid for. A proxy that we trust passes
+#: its clients' on as they came, so nobody's word is taken; a route may set one itself.
+_OTHER_TARGETS: Final = (b"x-original-url", b"x-original-uri", b"x-rewrite-url")
+
 _REQUEST_KINDS: Final[dict[bytes, Kind]] = {
     **dict.fromkeys(_HOP_BY_HOP, Kind.DROP),
     b"te": Kind.TE,
@@ -53,6 +57,7 @@ _REQUEST_KINDS: Final[dict[bytes, Kind]] = {
     b"http2-settings": Kind.DROP,
     b"payment-signature": Kind.DROP,  # a signed payment is valid money: it never goes to an upstream
     b"x-payment": Kind.DROP,
+    **dict.fromkeys(_OTHER_TARGETS, Kind.DROP),
     b"host": Kind.HOST,
     b"content-length": Kind.CONTENT_LENGTH,
     b"transfer-encoding": Kind.TRANSFER_ENCODING,

@@ -8,6 +8,9 @@ nothing). Among the routes whose template takes a path, the first of this order 
 3. more conditions (headers and query together) before fewer (conditions.py);
 4. named methods before any;
 5. the order of the catalog.
+
+A path is matched as it stands, and upstreams forgive more than that: escapes (``/p%61id``), path parameters (``/paid;x``), upper
+and lower case, a last slash. Where a path read so would come to a route whose template is nearer to it, it is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
+from urllib.parse import unquote_to_bytes
 
 from farebox.app.admission import Headers
 from farebox.base.errors import refuse
@@ -39,6 +43,7 @@ _PATHS_KEPT_MAX: Final = 4096
 _PATH_KEPT_BYTES_MAX: Final = 256
 _HOSTS_KEPT_MAX: Final = 16
 _HOST_KEPT_BYTES_MAX: Final = 64
+_FORGIVEN: Final = re.compile(r"[%;A-Z]|/\Z")
 
 #: A way and the values of its template's parameters, as they stand in the path.
 Taken = tuple["Way", dict[str, str]]
@@ -88,6 +93,7 @@ class Way:
     keeps_host: bool
     _target: TargetRewrite
     _answer: AnswerRewriting
+    shape: tuple[int, ...]  # of its template, a segment each: 0 literal, 1 name, 2 rest
     conditional: bool = False
     unconditional: bool = False
 
@@ -137,6 +143,7 @@ class Found:
     only: Way | None = None  # the first way, when it takes every call
     only_params: dict[str, str] = field(default_factory=dict)
     names_hosts: bool = False
+    forgiving: tuple[Taken, ...] = ()  # who else may take it at an upstream that forgives more than we do
     by_host: dict[str, tuple[Taken, ...]] = field(default_factory=dict)
 
     def at(self, host: str) -> tuple[Taken, ...]:
@@ -172,9 +179,12 @@ class RouteTable:
         self.version = catalog.version
         self._owns = owns
         self._root = _Node()
+        self._forgiving = _Node()  # the same templates as a forgiving upstream reads them
+        self._forgives = False  # they are not spelled as it reads them
         for order, route in enumerate(catalog.routes):
             self._add(tuple(_ways(route, order)), route)
         _sort(self._root)
+        _sort(self._forgiving)
 
     def find(self, path: bytes) -> Found:
         """Check a path (``Fault``) and find who may take it. Callers look into ``known`` first."""
@@ -184,7 +194,9 @@ class RouteTable:
         self._collect(self._root, text[1:].split("/"), 0, (), ways)
         found = Found(text, self._owns(text), tuple(ways))
         found.names_hosts = any(way.host is not None for way, _ in ways)
-        if ways and ways[0][0].unconditional:
+        if ways and (self._forgives or _FORGIVEN.search(text)):
+            found.forgiving = self._read_forgivingly(text, ways)
+        if ways and ways[0][0].unconditional and not found.forgiving:
             found.only, found.only_params = ways[0]
         if len(path) <= _PATH_KEPT_BYTES_MAX:
             if len(self.known) >= _PATHS_KEPT_MAX:
@@ -192,11 +204,24 @@ class RouteTable:
             self.known[path] = found
         return found
 
+    def _read_forgivingly(self, text: str, here: list[Taken]) -> tuple[Taken, ...]:
+        ways: list[Taken] = []
+        self._collect(self._forgiving, _forgiven(text[1:].split("/")), 0, (), ways)
+        known = {id(way) for way, _ in here}
+        return tuple(taken for taken in ways if id(taken[0]) not in known)
+
     def _add(self, ways: tuple[Way, ...], route: Route) -> None:
-        node, names, template = self._root, [], route.match.path
+        template = route.match.path
         if not template.startswith("/"):
             raise _bad(route, f"{template!r} does not begin with a slash")
         segments = template[1:].split("/")
+        self._place(self._root, segments, ways, route)
+        forgiven = _forgiven(segments)
+        self._forgives |= forgiven != segments
+        self._place(self._forgiving, forgiven, ways, route)
+
+    def _place(self, node: _Node, segments: list[str], ways: tuple[Way, ...], route: Route) -> None:
+        names: list[str] = []
         for position, segment in enumerate(segments):
             named = _NAME.match(segment)
             if named is None:
@@ -252,9 +277,54 @@ def choose(found: Found, method: str, host: str, headers: Headers, query: bytes)
             if not way.meets(headers, readings):
                 continue
         if not way.methods or method in way.methods:
+            if found.forgiving:
+                _check_forgiving(found, way, method, host, headers, query)
             return taken
         allowed |= way.methods
     return frozenset(allowed)
+
+
+def _check_forgiving(found: Found, way: Way, method: str, host: str, headers: Headers, query: bytes) -> None:
+    """Raises ``Fault`` when a forgiving upstream would take the call for one of a route nearer to its path. Where that is a
+    matter of case or of a last slash alone, only when the call would cost something else there."""
+    name, port = _host_and_port(host)
+    for other, _ in found.forgiving:
+        if (
+            not _nearer(other.shape, way.shape)
+            or (other.methods and method not in other.methods)
+            or (other.host is not None and not other.host.takes(name, port))
+            or (other.conditional and not other.meets(headers, read_query(query) if other.on_query else []))
+        ):
+            continue
+        if "%" in found.path or ";" in found.path or _terms(other.route) != _terms(way.route):
+            raise Fault(
+                "request_malformed",
+                "The path leads to another route when it is read with its escapes undone, without parameters («;x») or a last "
+                "slash, or in lower case: write it as that route does.",
+            )
+        return
+
+
+def _nearer(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether a template is the more specific one where the two first differ in kind."""
+    return next((a < b for a, b in zip(one, other, strict=False) if a != b), False)
+
+
+def _terms(route: Route) -> tuple[object, ...]:
+    """What a call of the route costs."""
+    return route.exact, route.passes, route.account, route.free, route.metric, route.charge_on
+
+
+def _forgiven(segments: Sequence[str]) -> list[str]:
+    """A path's or template's segments as the most forgiving upstream reads them."""
+    read = [segment if _NAME.match(segment) else _forgiven_one(segment) for segment in segments]
+    return read[:-1] if len(read) > 1 and not read[-1] else read
+
+
+def _forgiven_one(segment: str) -> str:
+    if "%" in segment:  # twice, as careless servers do
+        segment = unquote_to_bytes(unquote_to_bytes(segment)).decode("latin-1")
+    return segment.partition(";")[0].lower()
 
 
 def _ways(route: Route, order: int) -> Iterator[Way]:
@@ -269,6 +339,8 @@ def _ways(route: Route, order: int) -> Iterator[Way]:
     moves = rewrite.strip_prefix.rstrip("/") or rewrite.add_prefix.rstrip("/") or rewrite.set_path
     changes = moves or rewrite.set_query or rewrite.remove_query or rewrite.host == "original"
     target = TargetRewrite(rewrite)
+    named = [_NAME.match(segment) for segment in match.path[1:].split("/")]
+    shape = tuple(0 if found is None else 2 if found[1] else 1 for found in named)
     hosts: Sequence[HostPattern | None] = [_host_pattern(h) for h in dict.fromkeys(match.hosts)] or [None]
     for host in hosts:
         way = Way(
@@ -284,6 +356,7 @@ def _ways(route: Route, order: int) -> Iterator[Way]:
             keeps_host=rewrite.host == "original",
             _target=target,
             _answer=answer,
+            shape=shape,
             conditional=bool(on_headers or asked),
         )
         way.unconditional = not (way.methods or way.host or way.conditional)

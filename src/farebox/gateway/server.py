@@ -29,8 +29,10 @@ from farebox.gateway.settings import GatewaySettings
 
 log = structlog.get_logger(__name__)
 
-#: After a drain began. A supervisor that holds the socket as well keeps what arrives later for the next process.
-_ACCEPTS_ON_S: Final = 0.05
+#: Turns of the loop in a row that found nobody to accept: then the accept queue is empty. A turn may accept no more than one.
+_QUIET_TURNS: Final = 8
+#: However many still come: a supervisor that holds the socket as well keeps them for the next process.
+_ACCEPT_TURNS_MAX: Final = 10_000
 #: How often running calls are held against the business date: the bound within which an ended pass ends its calls.
 _STANDING_EVERY_S: Final = 1.0
 _ID_ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -150,7 +152,7 @@ class Gateway:
         """Serve what waits in the accept queue and what is under way, at most for ``timeout_s``; then close everything."""
         self.draining = True
         self.pools.stop_probes()
-        await asyncio.sleep(_ACCEPTS_ON_S)  # whoever waits in the accept queue is let in first
+        await self._let_in()
         for server in self._servers:
             server.close()
         self._servers.clear()
@@ -169,6 +171,17 @@ class Gateway:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    async def _let_in(self) -> None:
+        """Accept whoever waits in the accept queue. Counted in turns of the loop, each of which looks at the sockets: time may
+        pass without a turn when the machine is busy."""
+        quiet = 0
+        for _ in range(_ACCEPT_TURNS_MAX):
+            before = self.counters.connections_total
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if self.counters.connections_total == before else 0
+            if quiet == _QUIET_TURNS:
+                return
 
     def cut(self, ids: Collection[str]) -> int:
         """End every running call that stands on one of these subjects (customers, passes) or keys; returns how many.

@@ -8,6 +8,8 @@ from typing import Final
 KIB: Final = 1024
 MIB: Final = 1024 * 1024
 
+_HEAD_END_BYTES: Final = 4
+
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
@@ -25,7 +27,9 @@ class GatewaySettings:
     buffered_bytes_max: int = 64 * MIB  # 503; all such bodies of this process together
     buffered_bytes_per_client_max: int = 16 * MIB  # 429; those of one client address
     unread_body_bytes_max: int = 64 * KIB  # what is read off after a refusal to keep the connection
-    ahead_bytes_max: int = 64 * KIB  # what a client may send ahead (pipelining) before we stop reading
+    ahead_bytes_max: int = (
+        64 * KIB
+    )  # what a client may send ahead (pipelining) before we stop reading; a head at least
 
     # What a connection may hold or wait for, as a client.
     connections_max: int = 20_000
@@ -56,3 +60,8 @@ class GatewaySettings:
     ejection_s_max: float = 60.0
 
     tick_s: float = 0.25  # how often deadlines are looked at, and so how exact they are
+
+    def __post_init__(self) -> None:
+        # Whoever sent more than may come ahead is not read until it is their turn: half a head would then wait for its rest.
+        whole_head = self.head_bytes_max + _HEAD_END_BYTES
+        object.__setattr__(self, "ahead_bytes_max", max(self.ahead_bytes_max, whole_head))

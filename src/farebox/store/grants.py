@@ -6,7 +6,7 @@ that no gateway can keep serving an old one because a caller forgot to say so.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, LiteralString, cast
@@ -56,6 +56,10 @@ _PUT_COUNTER: LiteralString = """
            period_end = coalesce(excluded.period_end, old.period_end)"""
 
 
+# In the order of their ids, as whoever takes slices of several counters at once (store/limits.py).
+_LOCK_COUNTERS: LiteralString = "SELECT FROM limit_counter WHERE id = ANY(%(ids)s) ORDER BY id FOR UPDATE"
+
+
 async def put(tx: Tx, grant: AdmissionGrant, period: Period | None = None) -> AdmissionGrant:
     """Write a subject's grant and the counters it names, and announce it; returns it as stored.
 
@@ -80,6 +84,8 @@ async def put(tx: Tx, grant: AdmissionGrant, period: Period | None = None) -> Ad
         )
     ).fetchone()
     if written is not None:
+        if len(grant.limits) > 1:
+            await tx.execute(_LOCK_COUNTERS, {"ids": [limit.counter_id for limit in grant.limits]})
         for limit in grant.limits:
             await tx.execute(
                 _PUT_COUNTER,
@@ -123,31 +129,42 @@ async def revoke(tx: Tx, subject_kind: str, subject_id: str) -> bool:
 
 
 _BY_CUSTOMER_KEY: LiteralString = """
-    SELECT k.id, k.customer_id,
+    SELECT k.key_hash, k.id, k.customer_id,
            g.id, g.subject_kind, g.subject_id, g.plan, g.routes, g.features, g.limits, g.expires_at, g.version, g.revoked_at
       FROM customer_key k
       LEFT JOIN admission_grant g ON g.subject_kind = 'customer' AND g.subject_id = k.customer_id
-     WHERE k.key_hash = %(hash)s AND k.revoked_at IS NULL"""
+     WHERE k.key_hash = ANY(%(hashes)b) AND k.revoked_at IS NULL"""
+
+
+async def by_customer_keys(tx: Tx, key_hashes: Sequence[bytes]) -> dict[bytes, KeyOwner]:
+    """The owners of living ``fbx_ck_`` keys (by their SHA-256) and the owners' grants; unknown and revoked keys are missing."""
+    cursor = await tx.execute(_BY_CUSTOMER_KEY, {"hashes": list(key_hashes)})
+    return {
+        bytes(row[0]): KeyOwner(row[1], row[2], None if row[3] is None else _grant(row[3:]))
+        for row in await cursor.fetchall()
+    }
 
 
 async def by_customer_key(tx: Tx, key_hash: bytes) -> KeyOwner | None:
     """The owner of a living ``fbx_ck_`` key (by its SHA-256) and the owner's grant. None: no such key, or revoked."""
-    row = await (await tx.execute(_BY_CUSTOMER_KEY, {"hash": key_hash})).fetchone()
-    if row is None:
-        return None
-    return KeyOwner(row[0], row[1], None if row[2] is None else _grant(row[2:]))
+    return (await by_customer_keys(tx, [key_hash])).get(key_hash)
 
 
 _BY_SUBJECT: LiteralString = """
     SELECT id, subject_kind, subject_id, plan, routes, features, limits, expires_at, version, revoked_at
       FROM admission_grant
-     WHERE subject_kind = %(kind)s AND subject_id = %(id)s"""
+     WHERE subject_kind = %(kind)s AND subject_id = ANY(%(ids)b)"""
+
+
+async def by_subjects(tx: Tx, subject_kind: str, subject_ids: Sequence[str]) -> dict[str, AdmissionGrant]:
+    """The grants of customers or of passes by their ids, revoked and expired ones included."""
+    cursor = await tx.execute(_BY_SUBJECT, {"kind": subject_kind, "ids": list(subject_ids)})
+    return {row[2]: _grant(row) for row in await cursor.fetchall()}
 
 
 async def by_subject(tx: Tx, subject_kind: str, subject_id: str) -> AdmissionGrant | None:
     """The grant of a customer or a pass, revoked and expired ones included."""
-    row = await (await tx.execute(_BY_SUBJECT, {"kind": subject_kind, "id": subject_id})).fetchone()
-    return None if row is None else _grant(row)
+    return (await by_subjects(tx, subject_kind, [subject_id])).get(subject_id)
 
 
 _REVOKED_AMONG: LiteralString = """

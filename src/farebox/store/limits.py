@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Final, Literal, LiteralString
 
@@ -43,52 +43,85 @@ class Slice:
 class Nothing:
     """Why there was no slice.
 
-    ``held``: all is spent, but other processes hold unspent slices; they come back when idle. ``exhausted``: nobody does.
+    ``held``: all is spent, but other processes hold unspent slices, or have not answered yet; they come back when idle or
+    asked for. ``exhausted``: nobody has any. ``asked_at``: when the question reached the database, by its clock.
     """
 
     why: Literal["exhausted", "held", "revoked", "unknown"]
     capacity: Decimal | None = None
     period_end: datetime | None = None
     window_left_s: float | None = None
+    asked_at: datetime | None = None
 
 
-# The row lock makes the arithmetic exact: the amount is computed on the locked row, and the same statement raises spent
-# and writes the lease. A slice is what waits for it now (needed), or a share of the remainder for what will come (1/16; a
-# quarter where that is less than the smallest slice worth asking for). Soft and unlimited counters grant what is wanted.
-# used already counts what waits: it is spent the moment it arrives.
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a process asks of one counter.
+
+    ``needed`` units are waited for right now, ``wanted`` (whole units) would be good to have, ``used`` is what the process
+    has spent of its open lease so far. A slice is at most 1/``share`` of what remains (or ``smallest``, where four of these
+    remain, or ``needed``). What others answered before ``heard_since`` is too old to say that they have nothing left; None:
+    whatever they said is.
+    """
+
+    counter_id: str
+    wanted: int
+    needed: int
+    used: int
+    share: int = SLICE_SHARE
+    smallest: int = 1
+    heard_since: datetime | None = None
+
+
+#: For ``Wish.heard_since``: whatever others said last is believed.
+ANY_TIME: Final = datetime.min.replace(year=1970, tzinfo=UTC)
+
+# The row locks make the arithmetic exact: the amounts are computed on the locked rows, and the same statement raises spent
+# and writes the leases. The counters are locked in the order of their ids, as in _GIVE_BACK. A slice is what waits for it
+# now (needed), or a share of the remainder for what will come (1/16; a quarter where that is less than the smallest slice
+# worth asking for). Soft and unlimited counters grant what is wanted. used already counts what waits: it is spent the moment
+# it arrives.
 # Windows: whoever comes first after a window's end turns it over, here, by a clock that is read behind the lock. The own
 # lease of an earlier window is closed before the new one is written (the insert reads the count of those closed); those of
 # others are closed where nobody is at work on them, and void in any case.
 _TAKE: LiteralString = """
-    WITH found AS (
+    WITH asked AS (
+        SELECT * FROM unnest(%(ids)b::text[], %(wanted)b::bigint[], %(needed)b::bigint[], %(used)b::bigint[],
+                             %(share)b::bigint[], %(smallest)b::bigint[])
+                   AS asked (counter_id, wanted, needed, used, share, smallest)
+    ), found AS (
         SELECT c.id, c.capacity, c.hard, c.spent, c.window_s, c.window_start AS began,
                CASE WHEN c.window_s IS NOT NULL THEN
                     greatest(c.window_start,
                              to_timestamp(floor(extract(epoch FROM clock_timestamp()) / c.window_s) * c.window_s))
-               END AS window_start
-          FROM limit_counter c
+               END AS window_start,
+               asked.wanted, asked.needed, asked.used, asked.share, asked.smallest
+          FROM asked
+          JOIN limit_counter c ON c.id = asked.counter_id
           JOIN admission_grant g ON g.id = c.grant_id
-         WHERE c.id = %(counter)s AND g.revoked_at IS NULL
+         WHERE g.revoked_at IS NULL
+         ORDER BY c.id
            FOR UPDATE OF c
     ), counter AS (
         SELECT id, capacity, hard, window_s, window_start, window_start IS DISTINCT FROM began AS turned,
-               CASE WHEN window_start IS DISTINCT FROM began THEN 0 ELSE spent END AS spent
+               CASE WHEN window_start IS DISTINCT FROM began THEN 0 ELSE spent END AS spent,
+               wanted, needed, used, share, smallest
           FROM found
     ), slice AS (
         SELECT counter.*,
-               CASE WHEN capacity IS NULL OR NOT hard THEN greatest(%(wanted)s, %(needed)s, 1)
+               CASE WHEN capacity IS NULL OR NOT hard THEN greatest(wanted, needed, 1)
                     ELSE least(floor(capacity - spent),
-                               greatest(%(needed)s, 1,
-                                        least(%(wanted)s, greatest(floor((capacity - spent) / %(share)s),
-                                                                   least(%(smallest)s, floor((capacity - spent) / 4))))))
+                               greatest(needed, 1,
+                                        least(wanted, greatest(floor((capacity - spent) / share),
+                                                               least(smallest, floor((capacity - spent) / 4))))))
                END AS amount
           FROM counter
          WHERE capacity IS NULL OR NOT hard OR spent + 1 <= capacity
     ), raised AS (
         UPDATE limit_counter c SET spent = slice.spent + slice.amount, window_start = slice.window_start
           FROM slice WHERE c.id = slice.id
-        RETURNING c.id, slice.amount, c.capacity, c.capacity - c.spent AS remainder, c.window_start,
-                  c.window_start + make_interval(secs => c.window_s) AS window_end
+        RETURNING c.id, slice.amount, slice.needed, slice.used, slice.turned, c.capacity, c.capacity - c.spent AS remainder,
+                  c.window_start, c.window_start + make_interval(secs => c.window_s) AS window_end
     ), idle AS (
         SELECT l.id FROM lease l, slice
          WHERE slice.turned AND l.counter_id = slice.id AND l.closed_at IS NULL AND l.process_id <> %(process)s
@@ -100,27 +133,85 @@ _TAKE: LiteralString = """
         RETURNING 1
     ), held AS (
         INSERT INTO lease AS old (counter_id, process_id, granted, used, expires_at, window_start)
-        SELECT id, %(process)s, amount, least(%(needed)s, amount),
-               least(now() + make_interval(secs => %(ttl_s)s), window_end), window_start
-          FROM raised, (SELECT count(*) FROM void) AS emptied
+        SELECT raised.id, %(process)s, amount,
+               least(needed, amount) + CASE WHEN mine.id IS NULL OR turned THEN 0 ELSE raised.used END,
+               least(now() + make_interval(secs => %(ttl_s)s), window_end), raised.window_start
+          FROM (SELECT count(*) FROM void) AS emptied, raised
+          LEFT JOIN lease mine
+                 ON mine.counter_id = raised.id AND mine.process_id = %(process)s AND mine.closed_at IS NULL
+         ORDER BY raised.id
         ON CONFLICT (counter_id, process_id) WHERE closed_at IS NULL DO UPDATE
-           SET granted = old.granted + excluded.granted, used = %(used)s + excluded.used, expires_at = excluded.expires_at
-        RETURNING old.id, old.granted
+           SET granted = old.granted + excluded.granted, used = excluded.used, expires_at = excluded.expires_at
+        RETURNING old.id, old.counter_id, old.granted
     )
-    SELECT held.id, held.granted, raised.amount, raised.capacity, raised.remainder,
+    SELECT held.counter_id, held.id, held.granted, raised.amount, raised.capacity, raised.remainder,
            extract(epoch FROM raised.window_end - clock_timestamp())::float8
-      FROM held, raised"""
+      FROM held JOIN raised ON raised.id = held.counter_id"""
 
+# What a holder says by itself may be on its way while it changes: only an answer that was given after it was asked for can
+# say that nothing is left.
 _WHY_NOT: LiteralString = """
-    SELECT g.revoked_at IS NOT NULL, c.capacity, c.period_end,
-           coalesce((SELECT sum(l.granted - l.used) FROM lease l
-                      WHERE l.counter_id = c.id AND l.closed_at IS NULL AND l.expires_at > now()
-                        AND l.window_start IS NOT DISTINCT FROM c.window_start
-                        AND l.process_id <> %(process)s), 0) > 0,
-           greatest(extract(epoch FROM c.window_start + make_interval(secs => c.window_s) - clock_timestamp()), 0)::float8
-      FROM limit_counter c
-      JOIN admission_grant g ON g.id = c.grant_id
-     WHERE c.id = %(counter)s"""
+    SELECT c.id, g.revoked_at IS NOT NULL, c.capacity, c.period_end,
+           EXISTS (SELECT FROM lease l
+                    WHERE l.counter_id = c.id AND l.closed_at IS NULL AND l.expires_at > now()
+                      AND l.window_start IS NOT DISTINCT FROM c.window_start AND l.process_id <> %(process)s
+                      AND (l.granted > l.used OR coalesce(l.answered_at, 'epoch') < coalesce(asked.since, 'infinity'))),
+           greatest(extract(epoch FROM c.window_start + make_interval(secs => c.window_s) - clock_timestamp()), 0)::float8,
+           now()
+      FROM unnest(%(ids)b::text[], %(since)b::timestamptz[]) AS asked (counter_id, since)
+      JOIN limit_counter c ON c.id = asked.counter_id
+      JOIN admission_grant g ON g.id = c.grant_id"""
+
+
+async def take_each(tx: Tx, process_id: str, wishes: Sequence[Wish], ttl_s: float) -> list[Slice | Nothing]:
+    """Take or extend this process's slices of some counters, none of which comes twice; what came of each wish, in order.
+
+    On an autocommit connection this is one durable statement, and one read more where there was nothing. A lease then lives
+    ``ttl_s`` seconds from the database's now, but never past its window.
+    """
+    cursor = await tx.execute(
+        _TAKE,
+        {
+            "process": process_id,
+            "ttl_s": ttl_s,
+            "ids": [w.counter_id for w in wishes],
+            "wanted": [w.wanted for w in wishes],
+            "needed": [w.needed for w in wishes],
+            "used": [w.used for w in wishes],
+            "share": [w.share for w in wishes],
+            "smallest": [w.smallest for w in wishes],
+        },
+    )
+    came: dict[str, Slice | Nothing] = {
+        row[0]: Slice(row[1], int(row[2]), int(row[3]), row[4], row[5], row[6])
+        for row in await cursor.fetchall()
+    }
+    if short := [wish for wish in wishes if wish.counter_id not in came]:
+        cursor = await tx.execute(
+            _WHY_NOT,
+            {
+                "process": process_id,
+                "ids": [w.counter_id for w in short],
+                "since": [w.heard_since for w in short],
+            },
+        )
+        for (
+            counter_id,
+            revoked,
+            capacity,
+            period_end,
+            held,
+            window_left_s,
+            asked_at,
+        ) in await cursor.fetchall():
+            why: Literal["exhausted", "held", "revoked"] = (
+                "revoked" if revoked else "held" if held else "exhausted"
+            )
+            came[counter_id] = Nothing(why, capacity, period_end, window_left_s, asked_at)
+    return [came.get(wish.counter_id, _UNKNOWN) for wish in wishes]
+
+
+_UNKNOWN: Final = Nothing("unknown")
 
 
 async def take(
@@ -135,33 +226,9 @@ async def take(
     share: int = SLICE_SHARE,
     smallest: int = 1,
 ) -> Slice | Nothing:
-    """Take or extend this process's slice of a counter.
-
-    ``needed`` units are waited for right now, ``wanted`` (whole units) would be good to have, ``used`` is what the process
-    has spent of its open lease so far. The lease then lives ``ttl_s`` seconds from the database's now, but never past its
-    window. A slice is at most 1/``share`` of what remains (or ``smallest``, where four of these remain, or ``needed``).
-    """
-    values = {
-        "counter": counter_id,
-        "process": process_id,
-        "wanted": wanted,
-        "needed": needed,
-        "used": used,
-        "ttl_s": ttl_s,
-        "share": share,
-        "smallest": smallest,
-    }
-    row = await (await tx.execute(_TAKE, values)).fetchone()
-    if row is not None:
-        return Slice(row[0], int(row[1]), int(row[2]), row[3], row[4], row[5])
-    why = await (await tx.execute(_WHY_NOT, {"counter": counter_id, "process": process_id})).fetchone()
-    if why is None:
-        return Nothing("unknown")
-    revoked, capacity, period_end, held, window_left_s = why
-    reason: Literal["exhausted", "held", "revoked"] = (
-        "revoked" if revoked else "held" if held else "exhausted"
-    )
-    return Nothing(reason, capacity, period_end, window_left_s)
+    """As ``take_each``, of one counter."""
+    [came] = await take_each(tx, process_id, [Wish(counter_id, wanted, needed, used, share, smallest)], ttl_s)
+    return came
 
 
 # Only the holder's own, still open leases: what the host's shipper has closed for a process taken for dead stays closed,
@@ -169,8 +236,9 @@ async def take(
 _RENEW: LiteralString = """
     UPDATE lease l
        SET used = said.used,
-           expires_at = least(now() + make_interval(secs => %(ttl_s)s), c.window_start + make_interval(secs => c.window_s))
-      FROM unnest(%(ids)s::bigint[], %(used)s::numeric[]) AS said (id, used), limit_counter c
+           expires_at = least(now() + make_interval(secs => %(ttl_s)s), c.window_start + make_interval(secs => c.window_s)),
+           answered_at = CASE WHEN %(answer)s THEN now() ELSE l.answered_at END
+      FROM unnest(%(ids)b::bigint[], %(used)b::bigint[]) AS said (id, used), limit_counter c
      WHERE l.id = said.id AND l.process_id = %(process)s AND l.closed_at IS NULL AND c.id = l.counter_id
        AND (c.window_s IS NULL OR (l.window_start = c.window_start
                                    AND clock_timestamp() < c.window_start + make_interval(secs => c.window_s)))
@@ -187,11 +255,21 @@ class Renewed:
     window_left_s: float | None = None
 
 
-async def renew(tx: Tx, process_id: str, used: Mapping[int, int], ttl_s: float) -> dict[int, Renewed]:
-    """Say what was used of each lease (id → units) and keep them alive. Leases missing in the answer are lost."""
-    cursor = await tx.execute(
-        _RENEW, {"process": process_id, "ids": list(used), "used": list(used.values()), "ttl_s": ttl_s}
-    )
+async def renew(
+    tx: Tx, process_id: str, used: Mapping[int, int], ttl_s: float, *, answer: bool = False
+) -> dict[int, Renewed]:
+    """Say what was used of each lease (id → units) and keep them alive. Leases missing in the answer are lost.
+
+    ``answer``: another process has asked what is left of them, and this is said since.
+    """
+    values = {
+        "process": process_id,
+        "ids": list(used),
+        "used": list(used.values()),
+        "ttl_s": ttl_s,
+        "answer": answer,
+    }
+    cursor = await tx.execute(_RENEW, values)
     return {row[0]: Renewed(int(row[1]), row[2], row[3]) for row in await cursor.fetchall()}
 
 

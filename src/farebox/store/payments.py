@@ -13,8 +13,9 @@ from datetime import datetime
 from typing import Any, Final, LiteralString
 
 from farebox.store.pool import Tx
+from farebox.store.processes import GAP_S
 
-#: A process that has not said a word for this long is taken for dead by those who meet its reservations.
+#: A process that has not said a word for this long is taken for dead by those who meet its reservations and were listening.
 OWNER_LOST_AFTER_S: Final = 15.0
 
 
@@ -112,7 +113,7 @@ async def reserve(tx: Tx, wanted: Sequence[Reservation]) -> list[Verdict]:
     cursor = await tx.execute(_RESERVE, _columns(rows))
     taken = {bytes(key): payment_id for key, payment_id in await cursor.fetchall()}
     met = [r for r in wanted if r.payment_key not in taken or firsts[r.payment_key] is not r]
-    stored = await find(tx, {r.payment_key for r in met}) if met else {}
+    stored = await find(tx, {r.payment_key for r in met}, met[0].owner) if met else {}
     return [
         Reserved(taken[r.payment_key])
         if r.payment_key in taken and firsts[r.payment_key] is r
@@ -121,11 +122,16 @@ async def reserve(tx: Tx, wanted: Sequence[Reservation]) -> list[Verdict]:
     ]
 
 
+# An owner is silent only to somebody who could have heard it all the while: after an outage of the database everybody was.
 _FIND: LiteralString = """
     SELECT p.payment_key, p.id, p.status, p.fare, p.network, p.amount, p.payer_address, p.request_digest, p.owner, p.owner_epoch,
            EXISTS (SELECT FROM process o
                     WHERE o.id = p.owner AND o.stopped_at IS NULL
-                      AND o.heartbeat_at > now() - make_interval(secs => %(lost_after_s)s)),
+                      AND (o.heartbeat_at > now() - make_interval(secs => %(lost_after_s)s)
+                           OR NOT EXISTS (SELECT FROM process w
+                                           WHERE w.id = %(witness)s
+                                             AND w.unbroken_since <= now() - make_interval(secs => %(lost_after_s)s)
+                                             AND w.heartbeat_at > now() - make_interval(secs => %(gap_s)s)))),
            p.transaction_hash, p.failure, p.response_status,
            CASE WHEN p.replay_until > now() THEN p.response_head END,
            CASE WHEN p.replay_until > now() THEN p.response_body END,
@@ -136,12 +142,25 @@ _FIND: LiteralString = """
 
 
 async def find(
-    tx: Tx, keys: Iterable[bytes], lost_after_s: float = OWNER_LOST_AFTER_S, recent_s: float = 30.0
+    tx: Tx,
+    keys: Iterable[bytes],
+    witness: str | None = None,
+    lost_after_s: float = OWNER_LOST_AFTER_S,
+    recent_s: float = 30.0,
 ) -> dict[bytes, StoredPayment]:
-    """The payments of some keys, by key; keys that are not there are left out."""
-    cursor = await tx.execute(
-        _FIND, {"keys": sorted(keys), "lost_after_s": lost_after_s, "recent_s": recent_s}
-    )
+    """The payments of some keys, by key; keys that are not there are left out.
+
+    ``witness`` is the process that judges whether an owner lives: one that said goodbye does not, and one that was silent for
+    ``lost_after_s`` while the witness's own heartbeats came without a gap. Without a witness silence says nothing.
+    """
+    values = {
+        "keys": sorted(keys),
+        "witness": witness,
+        "lost_after_s": lost_after_s,
+        "recent_s": recent_s,
+        "gap_s": GAP_S,
+    }
+    cursor = await tx.execute(_FIND, values)
     return {bytes(row[0]): _stored(row) for row in await cursor.fetchall()}
 
 

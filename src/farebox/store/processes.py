@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import LiteralString
+from typing import Final, LiteralString
 
 from farebox.store.pool import Tx
 
@@ -21,12 +21,20 @@ async def register(tx: Tx, process_id: str, kind: str, host: str, pid: int) -> i
     return int(row[0])
 
 
-_HEARTBEAT: LiteralString = "UPDATE process SET heartbeat_at = now() WHERE id = %(id)s"
+#: A process whose heartbeats were further apart has lost the database meanwhile (they come once a second).
+GAP_S: Final = 5.0
+
+_HEARTBEAT: LiteralString = """
+    UPDATE process
+       SET heartbeat_at = now(),
+           unbroken_since = CASE WHEN heartbeat_at < now() - make_interval(secs => %(gap_s)s) THEN now()
+                                 ELSE unbroken_since END
+     WHERE id = %(id)s"""
 
 
 async def heartbeat(tx: Tx, process_id: str) -> None:
     """Say that a process lives."""
-    await tx.execute(_HEARTBEAT, {"id": process_id})
+    await tx.execute(_HEARTBEAT, {"id": process_id, "gap_s": GAP_S})
 
 
 _BURY: LiteralString = "UPDATE process SET stopped_at = now() WHERE id = %(id)s AND stopped_at IS NULL"

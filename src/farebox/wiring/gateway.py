@@ -51,6 +51,7 @@ from farebox.store import gateway_catalog, installation, processes
 from farebox.store.changes import Listener
 from farebox.store.pool import Database
 from farebox.wiring.chains import chains_of
+from farebox.wiring.descriptors import make_room
 from farebox.wiring.environment import read_config
 from farebox.wiring.following import Following
 from farebox.wiring.logging import configure_logging
@@ -134,6 +135,8 @@ def gateway_settings(config: Config) -> GatewaySettings:
         body_bytes_max=limits.body_bytes_max or _NO_LIMIT,
         paid_body_bytes_max=limits.paid_body_bytes_max,
         buffered_bytes_max=limits.buffered_bytes_max,
+        buffered_bytes_per_client_max=limits.buffered_bytes_per_client_max,
+        paid_body_timeout_s=limits.paid_body_timeout_s,
         connections_max=limits.connections_max,
         head_timeout_s=limits.header_timeout_s,
         idle_timeout_s=limits.idle_timeout_s,
@@ -143,6 +146,8 @@ def gateway_settings(config: Config) -> GatewaySettings:
         upstream_stall_timeout_s=limits.body_timeout_s,
         upstream_connections_max=limits.upstream_connections_max,
         upstream_idle_timeout_s=limits.upstream_idle_timeout_s,
+        attempts_max=limits.upstream_attempts_max,
+        tunnel_idle_timeout_s=limits.tunnel_idle_timeout_s,
     )
 
 
@@ -211,7 +216,9 @@ class GatewayProcess:
             self._premises.catalog,
             gateway_settings(self._config),
             log_refusals=False,
+            business_now_s=self._premises.business_now_s,
         )
+        make_room(gateway.settings, [pool.settings for pool in gateway.pools.all()])
         self._premises.on_catalog(self._follow)
         following = self._following
         listener = Listener(
