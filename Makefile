@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c requirements/constraints.txt
 MANIFEST := pyproject.toml requirements/constraints.txt
-PYTEST_ARGS ?= -n auto
+PYTEST_ARGS ?= -n auto --dist worksteal
 
 .PHONY: demo test check lint campaign bench clean
 .DELETE_ON_ERROR:

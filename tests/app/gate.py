@@ -162,6 +162,8 @@ async def a_gate(
     def hear(kind: str, changed_id: str) -> None:
         if kind in ("key", "grant"):
             cache.invalidate(changed_id)
+        elif kind == "lease":
+            leases.wanted_elsewhere(changed_id)
 
     listener = Listener(url, hear, cache.flush)
     if listen:

@@ -23,7 +23,7 @@ from farebox.app.admission import Admitted, Answer, Refusal
 from farebox.base.money import Money
 from farebox.domain.access import ExactFare
 from farebox.protocols.evm import ORDER
-from farebox.store import payments, sandbox
+from farebox.store import payments, processes, sandbox
 from tests.app.till import (
     ROUTE,
     SELLER,
@@ -350,17 +350,43 @@ async def test_a_write_whose_process_died_is_not_payable_again_once_its_payment_
         assert await rows(alive.database, "SELECT count(*) FROM sandbox_transfer") == [(0,)]
 
 
-async def test_a_process_that_fell_silent_counts_as_dead(database_url: str):
+async def test_a_process_that_fell_silent_counts_as_dead_to_whoever_was_listening(database_url: str):
     async with a_process(database_url) as silent, a_process(database_url) as alive:
         proof = Buyer().pays(silent, a_call())
         assert isinstance(await silent.fares.admit(a_call(), proof), Admitted)
         assert code(await alive.fares.admit(a_call(), proof)) == "payment_in_flight"
+        await rows(
+            silent.database,
+            "UPDATE process SET heartbeat_at = CASE WHEN id = %s THEN now() ELSE now() - interval '1 hour' END RETURNING id",
+            alive.fares._owner.process_id,
+        )
+        # It has only just come, or the database was away for all of them: the other one may be alive as well.
+        assert code(await alive.fares.admit(a_call(), proof)) == "payment_in_flight"
 
         await rows(
-            silent.database, "UPDATE process SET heartbeat_at = now() - interval '1 hour' RETURNING id"
+            silent.database, "UPDATE process SET unbroken_since = now() - interval '1 minute' RETURNING id"
         )
 
         assert isinstance(await alive.fares.admit(a_call(), proof), Admitted)
+
+
+async def test_after_an_outage_of_the_database_nobody_is_taken_for_dead_who_has_not_had_time_to_speak(
+    database_url: str,
+):
+    async with a_process(database_url) as living, a_process(database_url) as asker:
+        proof = Buyer().pays(living, a_call())
+        assert isinstance(await living.fares.admit(a_call(), proof), Admitted)
+        await rows(
+            living.database,
+            "UPDATE process SET unbroken_since = now() - interval '1 hour', heartbeat_at = now() - interval '1 minute' RETURNING id",
+        )
+
+        before = code(await asker.fares.admit(a_call(), proof))
+        async with asker.database.connection() as tx:
+            await processes.heartbeat(tx, asker.fares._owner.process_id)
+        after = code(await asker.fares.admit(a_call(), proof))
+
+        assert (before, after) == ("payment_in_flight", "payment_in_flight")
 
 
 async def test_an_answer_too_large_to_keep_leaves_one_re_run(shop: Process):

@@ -72,11 +72,12 @@ async def test_calls_at_the_same_time_share_the_last_bytes_and_no_more(gate: Gat
     assert sum(passed) == 777_777
 
 
-async def test_two_processes_let_through_no_more_than_was_bought(
-    gate: Gate, database_url: str, tmp_path: Path
-) -> None:
-    token = await sell_pass(gate, limits=PassLimits(upload_bytes=3_000_000))
-    async with a_gate(database_url, tmp_path / "other", "gw_other") as other:
+async def test_two_processes_let_through_no_more_than_was_bought(database_url: str, tmp_path: Path) -> None:
+    async with (
+        a_gate(database_url, tmp_path / "one", "gw_one", listen=True) as gate,
+        a_gate(database_url, tmp_path / "other", "gw_other", listen=True) as other,
+    ):
+        token = await sell_pass(gate, limits=PassLimits(upload_bytes=3_000_000))
         there = [await calls(gate, token), await calls(other, token)]
         flows = [one.meter.upload for one in there if one.meter is not None]
         assert len(flows) == 2

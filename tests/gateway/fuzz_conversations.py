@@ -546,6 +546,8 @@ class Run:
             assert len(connection._inbox) < _HELD_BYTES_MAX, (
                 f"{len(connection._inbox)} bytes of a client wait to be read"
             )
+        for exchange in stage.gateway.timed:
+            assert exchange.ends_at >= stage.gateway.ticker.now, f"{exchange.call} is overdue"
         assert 0 <= stage.gateway.buffered_bytes <= TIGHT.buffered_bytes_max
         stage.check()
 
@@ -710,7 +712,8 @@ class Run:
 
     def _switches(self, upstream: Upstream, tag: str, spec: dict[str, Any]) -> None:
         """Grants an upgrade, or one that nobody asked for."""
-        good = spec["switch"] == "yes"
+        sent = self.sent[tag]
+        good = spec["switch"] == "yes" and sent.spec["version"] == "1.1" and not sent.body
         said = _filled(b"[%b]" % tag.encode(), spec["ahead"])
         protocol = {"yes": "Upgrade: chat", "other": "Upgrade: other"}.get(
             spec["switch"], "Upgrade: chat, other"
@@ -720,6 +723,9 @@ class Run:
         upstream.queue += raw
         self.told[tag] = Told(101, b"", good)
         self.tunnels[tag] = bytearray(said)
+        if sent.body:
+            upstream.blind = True  # the rest of it may be on its way
+            return
         upstream.tunnel = tag
         upstream.tunnel_at = len(upstream.end.received)
 

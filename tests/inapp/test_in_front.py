@@ -259,6 +259,5 @@ def test_an_answer_that_breaks_off_arrives_broken(telling: App):
         said = telling.raw(
             f"GET {path} HTTP/1.1\r\nHost: x\r\nX-API-Key: {key}\r\nConnection: close\r\n\r\n".encode()
         )
-        assert said.startswith(b"HTTP/1.1 200")
-        assert b"the first half" in said
-        assert not said.endswith(b"0\r\n\r\n"), path
+        status, whole = int(said[9:12]), said.endswith(b"0\r\n\r\n")
+        assert status == 502 or (status == 200 and not whole), (path, said)

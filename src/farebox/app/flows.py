@@ -27,6 +27,8 @@ CREDITS_ADJUSTMENT_MAX: Final = 1_000_000
 #: How long a transfer under way waits for a database that is away, and how often it asks.
 FLOW_PATIENCE_S: Final = 30.0
 ASK_AGAIN_S: Final = 1.0
+#: How long it waits for bytes that other processes hold: longer than a lease lives whose holder says nothing any more.
+HELD_PATIENCE_S: Final = 120.0
 #: What a flow waits for at most at a time: a slice much larger than what is on its way would be others' to use.
 _WANTED_BYTES_MAX: Final = 262_144
 
@@ -151,19 +153,19 @@ class CallFlow:
             self.given = 0
 
     async def _more_bytes(self, amount: Holding) -> bool:
-        """Whether there are any; waits for what other processes hold, and a while for an absent database."""
-        patience = time.monotonic() + FLOW_PATIENCE_S
+        """Whether there are any; waits for what other processes hold, which may come back, and for an absent database."""
+        began_at = time.monotonic()
         while not self.closed:
             try:
                 not_taken = await self._leases.more_units(amount, self._missing)
             except Unavailable:
-                if time.monotonic() > patience:
+                if time.monotonic() > began_at + FLOW_PATIENCE_S:
                     raise
                 await asyncio.sleep(ASK_AGAIN_S)
                 continue
             if not_taken is None:
                 return True
-            if not_taken.nothing.why != "held":
+            if not_taken.nothing.why != "held" or time.monotonic() > began_at + HELD_PATIENCE_S:
                 return False
         return False
 

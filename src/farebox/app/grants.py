@@ -11,13 +11,15 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from farebox.app.questions import Questions
 from farebox.base.errors import Unavailable
 from farebox.domain.access import AdmissionGrant
 from farebox.store import grants
+from farebox.store.grants import KeyOwner
 from farebox.store.pool import Database, Tx
 
 ENTRIES_MAX: Final = 100_000
@@ -34,6 +36,8 @@ PATIENCE_S: Final = 2.0
 LOOK_AGAIN_S: Final = 1.0
 #: A value that changes each time while it is read is given up after this many tries.
 READS_MAX: Final = 5
+#: Reads of keys, and of passes, that are under way at the same time.
+ASKERS: Final = 2
 #: What changed while something was being read; beyond it everything counts as changed.
 CHANGED_IDS_MAX: Final = 10_000
 
@@ -70,7 +74,12 @@ class GrantCache:
         patience_s: float = PATIENCE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._database = database
+        self._owners: Questions[bytes, KeyOwner | None] = Questions(
+            database, _owners_of, bytes, name="read keys", answer_s=patience_s, askers=ASKERS
+        )
+        self._passes: Questions[str, AdmissionGrant | None] = Questions(
+            database, _grants_of, str, name="read passes", answer_s=patience_s, askers=ASKERS
+        )
         self._ttl_s = ttl_s
         self._stale_s_max = stale_s_max
         self._entries_max = entries_max
@@ -210,8 +219,7 @@ class GrantCache:
         for _ in range(READS_MAX):
             before = self._changes
             try:
-                async with self._database.connection(within_s=self._patience_s) as tx:
-                    found = await self._found(tx, name)
+                found = await self._found(name)
             except Unavailable:
                 # A look ahead has nobody who waits: the value goes on for a while, and is looked at again.
                 known = self._entries.get(name)
@@ -225,14 +233,14 @@ class GrantCache:
                 return self._remember(name, found)
         raise Unavailable("this credential changes faster than it can be read")
 
-    async def _found(self, tx: Tx, name: Name) -> Known | None:
+    async def _found(self, name: Name) -> Known | None:
         began_at = self._clock()
         if isinstance(name, bytes):
-            owner = await grants.by_customer_key(tx, name)
+            owner = await self._owners.put(name)
             if owner is None:
                 return None
             return self._known(name, began_at, owner.grant, owner.customer_id, owner.key_id)
-        grant = await grants.by_subject(tx, "pass", name)
+        grant = await self._passes.put(name)
         return None if grant is None else self._known(name, began_at, grant, None, name)
 
     def _changed_since(self, found: Known, before: int) -> bool:
@@ -295,3 +303,13 @@ class GrantCache:
             expires_s=expires_at.timestamp() if expires_at else math.inf,
             key_id=key_id if customer_id else "",
         )
+
+
+async def _owners_of(tx: Tx, key_hashes: Sequence[bytes]) -> list[KeyOwner | None]:
+    found = await grants.by_customer_keys(tx, key_hashes)
+    return [found.get(key_hash) for key_hash in key_hashes]
+
+
+async def _grants_of(tx: Tx, pass_ids: Sequence[str]) -> list[AdmissionGrant | None]:
+    found = await grants.by_subjects(tx, "pass", pass_ids)
+    return [found.get(pass_id) for pass_id in pass_ids]

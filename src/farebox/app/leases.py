@@ -22,10 +22,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Final
 from weakref import WeakValueDictionary
 
 from farebox.app.holdings import (
@@ -37,7 +36,8 @@ from farebox.app.holdings import (
     NotTaken,
     Terms,
 )
-from farebox.app.slices import LEASES_MAX, Slices
+from farebox.app.returns import Returns, batches, observed
+from farebox.app.slices import Slices
 from farebox.base.errors import InvariantError, Unavailable
 from farebox.domain.access import GrantLimit
 from farebox.domain.limits import Pace
@@ -61,8 +61,6 @@ PACE_SLEEP_S_MAX: Final = 1.0
 KEPT_ALIVE_MAX: Final = 2000
 #: Leases of which a heartbeat says what was used although nothing depends on it but what people see.
 SAID_MAX: Final = 512
-#: Debts and gains that one heartbeat tells of.
-SETTLED_MAX: Final = 256
 
 
 def elapsed_clock() -> Callable[[], float]:
@@ -105,9 +103,7 @@ class Leases:
         # One holding a counter and process, whoever asks: the database has one lease row for the two of them.
         self._known: WeakValueDictionary[str, Holding] = WeakValueDictionary()
         self._open: dict[str, Holding] = {}
-        # Of these the database has not heard: credits overdrawn or gained, units that came back after their lease was gone.
-        self._unsettled: dict[str, Holding] = {}
-        self._returning: set[asyncio.Task[None]] = set()
+        self._returns = Returns(self._slices, self._open, self._clock)
         self._closing = False
 
     # ── the fast path ────────────────────────────────────────────────────────────────────────────────────────────
@@ -148,9 +144,9 @@ class Leases:
             held.left += 1
             held.dirty = True
             if not held.lease_id:
-                self._unsettled[held.counter_id] = held
+                self._returns.unsettled[held.counter_id] = held
             if held.ceding:
-                self._cede_free(held)
+                self._returns.cede_free(held)
 
     def take_units(self, held: Holding, units: int) -> int:
         """How many of ``units`` bytes may pass now: 0 to all of them, which then are taken. Never waits."""
@@ -185,19 +181,19 @@ class Leases:
             back = min(units, max(0, held.used))
             if back < units:
                 held.gained += units - back
-                self._unsettled[held.counter_id] = held
+                self._returns.unsettled[held.counter_id] = held
             units = back
         held.left += units
         held.dirty = True
         if not held.lease_id and units:
-            self._unsettled[held.counter_id] = held
+            self._returns.unsettled[held.counter_id] = held
 
     def overdraw(self, held: Holding, units: int) -> None:
         """A call cost so many credits more than were taken for it. What is not there is owed: the counter goes below zero."""
         held.left -= units
         held.dirty = True
         if held.left < 0:
-            self._unsettled[held.counter_id] = held
+            self._returns.unsettled[held.counter_id] = held
 
     # ── the slow path ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -280,7 +276,7 @@ class Leases:
         """One question a counter at a time: whoever comes meanwhile waits for the same answer."""
         if held.asking is None:
             held.asking = asyncio.create_task(self._asked(held), name=f"lease {held.counter_id}")
-            held.asking.add_done_callback(_observed)
+            held.asking.add_done_callback(observed)
         return held.asking
 
     async def _asked(self, held: Holding) -> None:
@@ -295,7 +291,7 @@ class Leases:
             ):
                 return
             if held.kind == "credits" and held.left < 0:
-                await self._pay_debt(held)
+                await self._returns.pay_debt(held)
             got, sent = await self._take(held)
             if isinstance(got, limits.Nothing) and await self._free_abandoned(held, got):
                 got, sent = await self._take(held)
@@ -329,14 +325,10 @@ class Leases:
         sent = self._clock()
         kept = await self._slices.renew(held.lease_id, held.used)
         if kept is None:
-            self._lost(held, by_others=True)
+            self._returns.lost(held, by_others=True)
             return False
         held.renewed(kept, sent, self._terms)
         return True
-
-    def _lost(self, held: Holding, *, by_others: bool) -> None:
-        held.lost(self._clock(), by_others=by_others)
-        self._open.pop(held.counter_id, None)
 
     async def _answer(self, held: Holding) -> None:
         """Say what is left to whoever has asked."""
@@ -350,47 +342,7 @@ class Leases:
         if kept is not None:
             held.confirmed(kept, sent, self._terms)
         elif held.asking is None:  # else whoever asks hears it too
-            self._lost(held, by_others=True)
-
-    # ── credits that were not foreseen ───────────────────────────────────────────────────────────────────────────
-
-    async def _settle(self) -> None:
-        """Tell the database what it does not know of."""
-        for held in list(itertools.islice(self._unsettled.values(), SETTLED_MAX)):
-            if held.asking is None:
-                await asyncio.shield(self._settling(held))
-
-    def _settling(self, held: Holding) -> asyncio.Task[None]:
-        held.asking = asyncio.create_task(self._settled(held), name=f"settle {held.counter_id}")
-        held.asking.add_done_callback(_observed)
-        return held.asking
-
-    async def _settled(self, held: Holding) -> None:
-        try:
-            if (
-                not held.lease_id and held.left > 0
-            ):  # of calls that ended after their lease had been given back
-                held.gained += held.left
-                held.left = 0
-            if held.gained:
-                # At most once: what was not heard for certain is not said again, and stays spent.
-                units, held.gained = held.gained, 0
-                await self._slices.gain(held.counter_id, held.used, units)
-            if held.left < 0:
-                await self._pay_debt(held)
-            if held.left >= 0 and not held.gained and (held.lease_id or not held.left):
-                self._unsettled.pop(held.counter_id, None)
-        finally:
-            held.asking = None
-
-    async def _pay_debt(self, held: Holding) -> None:
-        """Raise the lease to what was used of it. It may be a new one, where the former was given back before the call's end."""
-        got = await self._slices.owe(held.counter_id, held.used)
-        held.owed(got, self._clock())
-        if held.lease_id:
-            self._open[held.counter_id] = held
-        else:
-            self._open.pop(held.counter_id, None)
+            self._returns.lost(held, by_others=True)
 
     # ── heartbeat, giving back, the end ──────────────────────────────────────────────────────────────────────────
 
@@ -399,16 +351,16 @@ class Leases:
 
         Raises ``Unavailable`` when the database does not answer; the next heartbeat makes up for it.
         """
-        await self._settle()
+        await self._returns.settle()
         now = self._clock()
         idle = [held for held in self._open.values() if self._idle(held, now)]
-        await self._give_back([held for held in idle if held.slicing is not SLOTS or held.used <= 0])
+        await self._returns.give_back([held for held in idle if held.slicing is not SLOTS or held.used <= 0])
         for held in list(self._open.values()):
             if held.slicing is SLOTS and held.left > 0 and self._idle(held, now):
-                self._cede(held, held.left)
+                self._returns.cede(held, held.left)
             elif held.ceding:
-                self._cede_free(held)
-        for batch in _batches(self._due()):
+                self._returns.cede_free(held)
+        for batch in batches(self._due()):
             said = [(held, held.lease_id) for held in batch if held.lease_id]
             for held, _ in said:
                 held.dirty = False  # what is taken from here on is said the next time
@@ -452,9 +404,9 @@ class Leases:
         """
         held = self._open.get(counter_id)
         if held is None:
-            held = self._unsettled.get(counter_id)
+            held = self._returns.unsettled.get(counter_id)
             if held is not None and held.asking is None:
-                self._settling(held)
+                self._returns.settling(held)
             return
         now = self._clock()
         if held.slicing is SLOTS and held.used > 0:
@@ -464,108 +416,31 @@ class Leases:
                 if held.left <= 0:  # all are in use, and what comes free is not for us for a moment
                     held.told_nothing(limits.Nothing("exhausted", held.capacity), now)
                     held.nothing_until = now + 2 * EXHAUSTED_FOR_S
-                self._cede(held, (held.granted + 1) // 2 - held.ceding)
+                self._returns.cede(held, (held.granted + 1) // 2 - held.ceding)
         elif held.pace is not None and not self._idle(held, now):
-            self._cede(held, held.granted // 2)
+            self._returns.cede(held, held.granted // 2)
             return
         elif held.left > 0 and held.waiting == 0 and held.asking is None:
-            self._in_background(self._give_back([held]), f"give back {counter_id}")
+            self._returns.in_background(self._returns.give_back([held]), f"give back {counter_id}")
             return
-        self._in_background(self._answer(held), f"answer {counter_id}")
-
-    def _in_background(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = asyncio.create_task(work, name=name)
-        self._returning.add(task)
-        task.add_done_callback(self._returning.discard)
-        task.add_done_callback(_observed)
-        return task
-
-    def _cede(self, held: Holding, units: int) -> None:
-        """Promise units to others: those that are free go now, those in flight when their calls end."""
-        if units > 0:
-            held.ceding += units
-            held.left -= units
-            self._cede_free(held)
-
-    def _cede_free(self, held: Holding) -> None:
-        if held.asking is not None:
-            return  # the next heartbeat, or the next call that ends
-        units = min(held.ceding, held.left + held.ceding)
-        if held.granted <= units:
-            held.left += held.ceding
-            held.ceding = 0
-            held.asking = self._in_background(self._gave_back([held]), f"give back {held.counter_id}")
-            held.deadline = 0.0
-        elif units > 0:
-            held.ceding -= units
-            held.granted -= units
-            held.repace(self._clock())
-            held.asking = self._in_background(self._ceded(held), f"cede {held.counter_id}")
-
-    async def _ceded(self, held: Holding) -> None:
-        lease_id = held.lease_id
-        try:
-            if not await self._slices.keep(lease_id, held.granted, held.used):
-                self._lost(held, by_others=True)
-        except Unavailable:
-            held.deadline = 0.0  # how much is ours is not known: whoever comes next asks
-            raise
-        finally:
-            held.asking = None
+        self._returns.in_background(self._answer(held), f"answer {counter_id}")
 
     async def close(self) -> None:
         """Give everything back and take nothing more. Call it when no call is in flight."""
         self._closing = True
         with contextlib.suppress(Unavailable):
-            await self._settle()
+            await self._returns.settle()
         for held in list(self._open.values()):
             if held.asking is not None:
                 with contextlib.suppress(Unavailable):
                     await held.asking
-        await self._give_back(list(self._open.values()))
+        await self._returns.give_back(list(self._open.values()))
 
     def open_leases(self) -> dict[int, int]:
         """Lease id → units used, in flight included: what the spool notes when it begins a file."""
         return {held.lease_id: held.used for held in self._open.values()}
 
-    async def _give_back(self, idle: Sequence[Holding]) -> None:
-        for batch in _batches(idle):
-            some = [h for h in batch if h.lease_id and h.asking is None and h.waiting == 0]
-            if not some:
-                continue
-            # Whoever needs one of these meanwhile waits for the outcome and then asks anew.
-            task = asyncio.create_task(self._gave_back(some), name="give back leases")
-            for held in some:
-                held.deadline = 0.0
-                held.asking = task
-            await asyncio.shield(task)
-
-    async def _gave_back(self, some: Sequence[Holding]) -> None:
-        used = {held.lease_id: held.used for held in some}
-        try:
-            await self._slices.give_back(used)
-            # If this was not reached the outcome is unknown: the deadline stays 0, so that the next call asks first.
-            for held in some:
-                taken_back = used[held.lease_id] - held.used
-                self._lost(held, by_others=False)
-                held.left = taken_back
-                if taken_back > 0 or (taken_back < 0 and held.kind == "credits"):
-                    self._unsettled[held.counter_id] = held  # changed while the lease was on its way
-        finally:
-            for held in some:
-                held.asking = None
-
 
 def _calls_others(held: Holding, got: limits.Nothing) -> bool:
     """Of a rate each process has a share: only whoever has none asks for a part of what others are using."""
     return got.why == "held" and (held.pace is None or held.granted == 0)
-
-
-def _batches(holdings: Sequence[Holding]) -> list[Sequence[Holding]]:
-    return [holdings[n : n + LEASES_MAX] for n in range(0, len(holdings), LEASES_MAX)]
-
-
-def _observed(task: asyncio.Task[None]) -> None:
-    """Whoever waits for the task hears of its failure; where nobody does, the next call asks again."""
-    if not task.cancelled():
-        task.exception()
