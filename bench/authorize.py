@@ -22,22 +22,13 @@ from pathlib import Path
 from statistics import median
 
 from anchors import BODY, PROXY, UPSTREAM, cpu_us, free_ports, missing_tools, nginx, serves, wait_for, wrk
-from houses import a_house
+from houses import METRIC, PLAN, a_house
 
 SHOP = """
 upstreams:
   anchor: {{url: "http://127.0.0.1:{port}"}}
 routes:
   - {{id: weather, match: {{path: "/weather/{{city}}"}}, upstream: anchor, metric: api_calls, forward_auth: true, fares: {{account: {{}}}}}}
-metrics:
-  - {{key: api_calls, name: "API calls", aggregation: sum}}
-plans:
-  - id: bench
-    name: Bench
-    currency: USD
-    billing_period: monthly
-    charges: [{{metric_key: api_calls, pricing_model: per_unit, properties: {{unit_price: "0.0001"}}}}]
-    entitlements: {{api_calls: {{type: limit, metric_key: api_calls, limit: 1000000000, on_exceed: block}}}}
 """
 #: The part of deploy/nginx/farebox.conf that asks, without TLS.
 ASKS = """
@@ -103,7 +94,7 @@ def main() -> int:
         directory = Path(folder)
         house = a_house(
             directory,
-            SHOP.format(port=upstream),
+            SHOP.format(port=upstream) + PLAN,
             load_core,
             options=("--gateways", "1"),
             FAREBOX_AUTHORIZE_PORT="0",
@@ -119,12 +110,7 @@ def main() -> int:
                 nginx(directory, "plain", PROXY.format(port=plain, target=upstream), edge_core),
                 nginx(directory, "asking", asks, edge_core),
             ]
-            house.post("/v1/customers", {"id": "bench", "name": "Bench", "email": "bench@example.com"})
-            house.post(
-                "/v1/subscriptions",
-                {"customer_id": "bench", "plan_id": "bench", "start_date": "2026-01-01T00:00:00Z"},
-            )
-            headers = {"X-API-Key": house.post("/v1/customers/bench/keys", {})["key"]}
+            headers = {"X-API-Key": house.keys(1)[0]}
             for port in (plain, asking):
                 wait_for(port)
                 serves(port, PATH, headers)
@@ -139,7 +125,7 @@ def main() -> int:
                     print(
                         f"  {name:13} {run.rate:9.0f} requests/s   {cost:5.1f} us of CPU of the gateway each   {run.latency}"
                     )
-            rows = house.settled_rows("api_calls")
+            rows = house.settled_rows(METRIC)
         finally:
             for process in reversed(processes):
                 process.send_signal(signal.SIGTERM)

@@ -39,7 +39,7 @@ from anchors import (
     wait_for,
     wrk,
 )
-from houses import House, a_house, rss_mib
+from houses import METRIC, PLAN, House, a_house, rss_mib
 
 SHOP = """
 upstreams:
@@ -52,18 +52,8 @@ routes:
     fares:
       account: {{}}
       passes: [{{id: month, name: "A month", price: "100 USDC", duration: 30d, limits: {{calls: 1000000000}}}}]
-metrics:
-  - {{key: api_calls, name: "API calls", aggregation: sum}}
-plans:
-  - id: bench
-    name: Bench
-    currency: USD
-    billing_period: monthly
-    charges: [{{metric_key: api_calls, pricing_model: per_unit, properties: {{unit_price: "0.0001"}}}}]
-    entitlements: {{api_calls: {{type: limit, metric_key: api_calls, limit: 1000000000, on_exceed: block}}}}
 """
 PATH = "/weather/paris"
-CUSTOMERS = 100
 #: Each request of wrk carries the next token; all requests are made before the clock runs.
 SCRIPT = """
 local requests, at = {{}}, 0
@@ -124,7 +114,7 @@ def main() -> int:
         try:
             house = a_house(
                 directory,
-                SHOP.format(port=upstream),
+                SHOP.format(port=upstream) + PLAN,
                 load_core,
                 options=("--gateways", "1"),
                 FAREBOX_API_RATE_LIMIT_RPM="0",
@@ -133,7 +123,7 @@ def main() -> int:
             house.pin_gateways(server_core)
             wait_for(proxied)
             for fare in chosen.fares.split(","):
-                tokens = _passes(house, chosen.tokens) if fare == "pass" else _keys(house, chosen.tokens)
+                tokens = _passes(house, chosen.tokens) if fare == "pass" else house.keys(chosen.tokens)
                 good &= _measure(
                     fare, tokens, house, proxied, upstream, processes[1].pid, load_core, directory, chosen
                 )
@@ -161,7 +151,7 @@ def _measure(
     token_file.write_text("\n".join(tokens) + "\n")
     script.write_text(SCRIPT.format(tokens=token_file, path=PATH, name=name, prefix=prefix))
     headers = {name: prefix + tokens[0]}
-    before = house.settled_rows("api_calls")
+    before = house.settled_rows(METRIC)
     for port in (proxied, house.gateway_port):
         serves(port, PATH, headers)
     answers = 1
@@ -186,7 +176,7 @@ def _measure(
     direct = _latencies(upstream, {})
     through = _latencies(house.gateway_port, headers)
     answers += LATENCY_CALLS
-    rows = house.settled_rows("api_calls") - before
+    rows = house.settled_rows(METRIC) - before
     ours, anchor = runs["farebox"], runs["nginx"]
     best = max(ours.rates) / max(anchor.rates)
     # A call whose answer wrk no longer waited for when its time was up is metered and not counted: at most one a connection.
@@ -203,25 +193,6 @@ def _measure(
         f"{through[1]:.0f} us; added p50 {through[0] - direct[0]:.0f} us"
     )
     return 0 <= in_flight <= (chosen.rounds + 1) * chosen.connections and best >= chosen.least
-
-
-def _keys(house: House, count: int) -> list[str]:
-    """API keys of customers with a plan."""
-    customers = [f"bench-{n}" for n in range(min(CUSTOMERS, count))]
-    house.post_all(
-        [("/v1/customers", {"id": each, "name": each, "email": f"{each}@example.com"}) for each in customers]
-    )
-    house.post_all(
-        [
-            (
-                "/v1/subscriptions",
-                {"customer_id": each, "plan_id": "bench", "start_date": "2026-01-01T00:00:00Z"},
-            )
-            for each in customers
-        ]
-    )
-    paths = [f"/v1/customers/{customers[n % len(customers)]}/keys" for n in range(count)]
-    return [answer["key"] for answer in house.post_all([(path, {}) for path in paths])]
 
 
 def _passes(house: House, count: int) -> list[str]:

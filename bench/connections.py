@@ -18,22 +18,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from houses import a_house, rss_mib
+from houses import METRIC, PLAN, a_house, rss_mib
 
 SHOP = """
 upstreams:
   small: {{url: "http://127.0.0.1:{port}"}}
 routes:
   - {{id: all, match: {{path: "/{{*rest}}"}}, upstream: small, metric: api_calls, fares: {{account: {{}}}}}}
-metrics:
-  - {{key: api_calls, name: "API calls", aggregation: sum}}
-plans:
-  - id: bench
-    name: Bench
-    currency: USD
-    billing_period: monthly
-    charges: [{{metric_key: api_calls, pricing_model: per_unit, properties: {{unit_price: "0.0001"}}}}]
-    entitlements: {{api_calls: {{type: limit, metric_key: api_calls, limit: 1000000000, on_exceed: block}}}}
 """
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 #: Connections that are being opened at one time.
@@ -69,22 +60,14 @@ async def _run(connections: int, most_mib: float) -> int:
         house = await asyncio.to_thread(
             a_house,
             Path(folder),
-            SHOP.format(port=port),
+            SHOP.format(port=port) + PLAN,
             None,
             options=("--gateways", "1"),
             FAREBOX_CONNECTIONS_MAX=str(connections + 100),
             FAREBOX_IDLE_TIMEOUT_S="600",
         )
         try:
-            await asyncio.to_thread(
-                house.post, "/v1/customers", {"id": "bench", "name": "Bench", "email": "bench@example.com"}
-            )
-            await asyncio.to_thread(
-                house.post,
-                "/v1/subscriptions",
-                {"customer_id": "bench", "plan_id": "bench", "start_date": "2026-01-01T00:00:00Z"},
-            )
-            key = (await asyncio.to_thread(house.post, "/v1/customers/bench/keys", {}))["key"]
+            [key] = await asyncio.to_thread(house.keys, 1)
             request = f"GET /x HTTP/1.1\r\nHost: shop.test\r\nX-API-Key: {key}\r\n\r\n".encode()
             [pid] = house.gateway_pids
             empty = rss_mib(pid)
@@ -109,7 +92,7 @@ async def _run(connections: int, most_mib: float) -> int:
                 await asyncio.gather(*(call(*pair) for pair in again[start : start + OPENING_MAX]))
             for _, writer in open_ones:
                 writer.close()
-            rows = await asyncio.to_thread(house.settled_rows, "api_calls")
+            rows = await asyncio.to_thread(house.settled_rows, METRIC)
         finally:
             house.process.send_signal(signal.SIGTERM)
             await asyncio.to_thread(house.process.wait, 60)

@@ -17,6 +17,20 @@ from urllib.parse import urlsplit
 
 import psycopg
 
+METRIC = "api_calls"
+#: The end of every shop: what its calls are metered and billed by. Nobody comes near the limit.
+PLAN = """
+metrics:
+  - {key: api_calls, name: "API calls", aggregation: sum}
+plans:
+  - id: bench
+    name: Bench
+    currency: USD
+    billing_period: monthly
+    charges: [{metric_key: api_calls, pricing_model: per_unit, properties: {unit_price: "0.0001"}}]
+    entitlements: {api_calls: {type: limit, metric_key: api_calls, limit: 1000000000, on_exceed: block}}
+"""
+
 #: Requests to the control API at once while a house is furnished.
 _WRITERS = 8
 
@@ -73,6 +87,27 @@ class House:
         with ThreadPoolExecutor(_WRITERS) as pool:
             list(pool.map(write, shares))
         return answers
+
+    def customers(self, count: int) -> list[str]:
+        """The ids of new customers, each with the plan."""
+        ids = [f"bench-{number}" for number in range(count)]
+        since = "2026-01-01T00:00:00Z"
+        self.post_all(
+            [("/v1/customers", {"id": each, "name": each, "email": f"{each}@example.com"}) for each in ids]
+        )
+        self.post_all(
+            [
+                ("/v1/subscriptions", {"customer_id": each, "plan_id": "bench", "start_date": since})
+                for each in ids
+            ]
+        )
+        return ids
+
+    def keys(self, count: int, customers_max: int = 100) -> list[str]:
+        """API keys of new customers."""
+        ids = self.customers(min(customers_max, count))
+        paths = [f"/v1/customers/{ids[number % len(ids)]}/keys" for number in range(count)]
+        return [answer["key"] for answer in self.post_all([(path, {}) for path in paths])]
 
     def settled_rows(self, metric_key: str) -> int:
         """The number of metered events once it has stood still for three seconds."""
