@@ -482,7 +482,7 @@ async def test_a_share_that_lies_idle_goes_to_whoever_transfers(database: Databa
     mine, theirs = one.holding(limit), two.holding(limit)
     await one.more_units(mine, 1)
     one.take_units(mine, 1)
-    one._cede(mine, 400_000)
+    one._returns.cede(mine, 400_000)
     await until(lambda: mine.asking is None)
     await two.more_units(theirs, 1)
     assert (mine.share, theirs.share) == (600_000, 400_000)

@@ -164,6 +164,22 @@ async def take_all(leases: Leases, held: Holding) -> int:
     return taken
 
 
+async def test_a_slot_that_is_taken_while_others_ask_for_it_comes_back_in_the_end(database: Database) -> None:
+    leases = await some_leases(database)
+    limit = await a_limit(database, "concurrency", 2)
+    held = leases.holding(limit)
+    assert await take(leases, held) == "taken"
+    leases.put_back([held])
+
+    leases.wanted_elsewhere(limit.counter_id)
+    assert leases.take([held])  # before it has gone
+    await leases.heartbeat()
+    leases.put_back([held])
+    await leases.close()
+
+    assert await spent(database, limit) == 0
+
+
 # ── a database that says nothing ─────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -959,7 +959,7 @@ class Run:
                     assert reported is not None, f"{heard.tag} went up without a call"
                     continue
                 assert heard.body_bytes <= reported.bytes_up, f"{heard}: {reported}"
-                if heard.whole and not upstream.end.rested and not upstream.blind:
+                if not upstream.end.rested and not upstream.blind:
                     assert heard.body_bytes == reported.bytes_up, (
                         f"{heard.body_bytes} bytes of {heard.tag}: {reported}"
                     )

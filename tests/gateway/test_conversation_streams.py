@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -371,3 +372,46 @@ def test_a_tunnel_is_cut_at_the_exact_byte():
     )
     talk.upstream(b"0123456789").client_sees(b"0123456").client_sees_the_end().upstream_sees_the_end()
     talk.ends((101, 0, 7)).play()
+
+
+class _Later:
+    """A flow that lets nothing pass at once, and everything half a second later."""
+
+    def __init__(self) -> None:
+        self.left = 0
+        self.taken = 0
+
+    def take(self, size: int) -> int:
+        passing = min(size, self.left)
+        self.left -= passing
+        self.taken += passing
+        return passing
+
+    async def more(self) -> bool:
+        await asyncio.sleep(0.5)
+        self.left = 1000
+        return True
+
+
+class _PacedBothWays:
+    def __init__(self) -> None:
+        self.upload = _Later()
+        self.download = _Later()
+
+    def credits(self, value: bytes) -> None:
+        """Nothing is priced here."""
+
+
+def test_an_upload_that_still_waits_when_the_answer_is_whole_costs_nothing():
+    door, meter = OpenDoor(), _PacedBothWays()
+    door.decide = lambda call: door.admitted(call, meter=meter)
+    stage = Stage(door=door)
+    client = stage.connect()
+    client.sends(http("POST /a HTTP/1.1", "Host: a", "Content-Length: 5", body=b"hello"))
+    [upstream] = stage.upstreams
+    upstream.sends(ok(b"no"))
+    stage.wait(3.0)
+    arrived = bytes(upstream.received).partition(b"\r\n\r\n")[2]
+    [finished] = door.finished
+    stage.leave()
+    assert (len(arrived), finished.bytes_up, meter.upload.taken) == (0, 0, 0)

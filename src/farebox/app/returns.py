@@ -71,7 +71,7 @@ class Returns:
 
     async def give_back(self, idle: Sequence[Holding]) -> None:
         for batch in batches(idle):
-            some = [h for h in batch if h.lease_id and h.asking is None and h.waiting == 0]
+            some = [h for h in batch if h.asking is None and _may_go(h)]
             if not some:
                 continue
             # Whoever needs one of these meanwhile waits for the outcome and then asks anew.
@@ -139,6 +139,11 @@ class Returns:
         task.add_done_callback(self._under_way.discard)
         task.add_done_callback(observed)
         return task
+
+
+def _may_go(held: Holding) -> bool:
+    """Slots in use keep their lease: a call that began a moment ago will bring its slot back to it."""
+    return held.lease_id != 0 and held.waiting == 0 and (held.slicing is not SLOTS or held.used <= 0)
 
 
 def batches(holdings: Sequence[Holding]) -> list[Sequence[Holding]]:

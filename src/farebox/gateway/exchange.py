@@ -209,7 +209,7 @@ class Exchange:
         if self._metering is not None:
             self._metering.priced(head.credits)
         if ended:
-            self.connection = None
+            self._answered_whole()
         admitted = self.admitted
         if admitted.before_release is None and admitted.keep_answer is None:
             try:
@@ -224,11 +224,17 @@ class Exchange:
 
     def answered_more(self, payload: bytes, ended: bool) -> None:
         if ended:
-            self.connection = None
+            self._answered_whole()
         if self._pending is not None and self._pending.collect(payload, ended):
             self._gateway.spawn(self._keep_then_end(self._pending, payload))
         else:
             self._come_down(payload, ended)
+
+    def _answered_whole(self) -> None:
+        """The upstream has said all. What an upload still waited to send goes nowhere, so none of it may count as passed."""
+        self.connection = None
+        if self._metering is not None and not self.request_ended:
+            self._metering.end_upload()
 
     def trailed(self, lines: Sequence[bytes]) -> None:
         """What comes after a chunked answer goes on to a client that asked for it; what it costs goes to the meter."""

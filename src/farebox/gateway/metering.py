@@ -66,6 +66,11 @@ class Metering:
         """What its trailers say: that is the last word."""
         self._credits = credits_in(lines, book) or self._credits
 
+    def end_upload(self) -> None:
+        """Nobody takes any more of the request's body."""
+        if self.up is not None:
+            self.up.stop()
+
     def end(self) -> None:
         """The call is over."""
         for passage in (self.up, self.down):

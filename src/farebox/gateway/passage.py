@@ -65,7 +65,9 @@ class Passage:
         self.waits = False  # something is held, and the source rests
 
     def push(self, payload: bytes, ended: bool) -> None:
-        """More from the source; ``ended``: the last of it."""
+        """More from the source; ``ended``: the last of it. After ``stop`` it is dropped and not taken."""
+        if self._stopped:
+            return
         if self.waits:
             self._held += payload
             self._ended = ended

@@ -49,7 +49,7 @@ _OURS_DOWN: Final = _FRAMING | {"payment-required", "payment-response", "x-payme
 #: Headers that do not go on to the upstream as they came: what was matched on them would not be what is forwarded.
 _NOT_FORWARDED: Final = _OURS_UP | {
     "authorization", "proxy-authenticate", "proxy-authentication-info", "proxy-authorization", "proxy-connection", "x-api-key",
-    "x-real-ip",
+    "x-real-ip", "x-original-url", "x-original-uri", "x-rewrite-url",
 }  # fmt: skip
 
 
