@@ -129,7 +129,7 @@ async def test_a_call_that_fails_after_its_lease_went_back_is_not_lost_to_the_ot
 
     assert await spent(database, limit) == 0
     assert await take(two, theirs) == "taken"
-    assert await take(one, mine) in ("exhausted", "held")
+    assert not one.take([mine])
 
 
 @pytest.mark.parametrize("kind", ["calls", "quota", "credits"])

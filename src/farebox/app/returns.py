@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
-from farebox.app.holdings import Holding
+from farebox.app.holdings import SLOTS, Holding
 from farebox.app.slices import LEASES_MAX, Slices
 from farebox.base.errors import Unavailable
 
