@@ -112,7 +112,7 @@ _OTHER_PREFIXES: Final = (
 
 _SIZE = re.compile(r"([0-9]{1,15})\s*(|B|kB|KB|MB|GB)\Z", re.ASCII)
 _SIZE_UNITS: Final = {"": 1, "B": 1, "kB": 1000, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
-_EDGE_SECRET_NAME: Final = "FAREBOX_EDGE_SECRET"
+_OF_THE_EDGE: Final = "FAREBOX_EDGE_SECRET"
 _EDGE_SECRET = re.compile(
     r"[A-Za-z0-9+/=_.~-]+\Z"
 )  # what no edge's configuration language gives a meaning to
@@ -477,14 +477,14 @@ class _Reader:
         """The forward-auth listener: with a port there must be a secret."""
         host = self.required("FAREBOX_AUTHORIZE_HOST")
         port = self.whole("FAREBOX_AUTHORIZE_PORT", 0, 65535) if self.text("FAREBOX_AUTHORIZE_PORT") else None
-        secret = self.text(_EDGE_SECRET_NAME)
+        secret = self.text(_OF_THE_EDGE)
         if secret is None and port is not None:
-            self.faults.append(missing(_EDGE_SECRET_NAME))
+            self.faults.append(missing(_OF_THE_EDGE))
         if secret is not None and (
             len(secret) < EDGE_SECRET_CHARACTERS_MIN or not _EDGE_SECRET.match(secret)
         ):
             self._fault(
-                _EDGE_SECRET_NAME,
+                _OF_THE_EDGE,
                 f"is not one word of at least {EDGE_SECRET_CHARACTERS_MIN} letters, digits or + / = _ . ~ -: `openssl rand -base64 32` makes one",
             )
         return AuthorizeConfig(host, port, Secret(secret) if secret is not None else None)
