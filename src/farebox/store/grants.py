@@ -18,7 +18,7 @@ from farebox.base.money import plain
 from farebox.base.time import Period
 from farebox.domain.access import AdmissionGrant, GrantLimit
 from farebox.store import changes
-from farebox.store.pool import Tx
+from farebox.store.pool import PLANNED_ANEW, Tx
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ _BY_CUSTOMER_KEY: LiteralString = """
 
 async def by_customer_keys(tx: Tx, key_hashes: Sequence[bytes]) -> dict[bytes, KeyOwner]:
     """The owners of living ``fbx_ck_`` keys (by their SHA-256) and the owners' grants; unknown and revoked keys are missing."""
-    cursor = await tx.execute(_BY_CUSTOMER_KEY, {"hashes": list(key_hashes)})
+    cursor = await tx.execute(_BY_CUSTOMER_KEY, {"hashes": list(key_hashes)}, prepare=PLANNED_ANEW)
     return {
         bytes(row[0]): KeyOwner(row[1], row[2], None if row[3] is None else _grant(row[3:]))
         for row in await cursor.fetchall()
@@ -158,7 +158,9 @@ _BY_SUBJECT: LiteralString = """
 
 async def by_subjects(tx: Tx, subject_kind: str, subject_ids: Sequence[str]) -> dict[str, AdmissionGrant]:
     """The grants of customers or of passes by their ids, revoked and expired ones included."""
-    cursor = await tx.execute(_BY_SUBJECT, {"kind": subject_kind, "ids": list(subject_ids)})
+    cursor = await tx.execute(
+        _BY_SUBJECT, {"kind": subject_kind, "ids": list(subject_ids)}, prepare=PLANNED_ANEW
+    )
     return {row[2]: _grant(row) for row in await cursor.fetchall()}
 
 

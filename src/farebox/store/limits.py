@@ -17,7 +17,7 @@ from decimal import Decimal
 from typing import Final, Literal, LiteralString
 
 from farebox.domain.limits import LimitKind
-from farebox.store.pool import Tx
+from farebox.store.pool import PLANNED_ANEW, Tx
 
 #: A slice is at most this share of what remains, so that slices shrink to 1 near the end.
 SLICE_SHARE: Final = 16
@@ -84,6 +84,8 @@ ANY_TIME: Final = datetime.min.replace(year=1970, tzinfo=UTC)
 # Windows: whoever comes first after a window's end turns it over, here, by a clock that is read behind the lock. The own
 # lease of an earlier window is closed before the new one is written (the insert reads the count of those closed); those of
 # others are closed where nobody is at work on them, and void in any case.
+# The empty text behind a process id keeps the planner, while it has no statistics, from looking for one lease among all of
+# the process's.
 _TAKE: LiteralString = """
     WITH asked AS (
         SELECT * FROM unnest(%(ids)b::text[], %(wanted)b::bigint[], %(needed)b::bigint[], %(used)b::bigint[],
@@ -134,11 +136,13 @@ _TAKE: LiteralString = """
     ), held AS (
         INSERT INTO lease AS old (counter_id, process_id, granted, used, expires_at, window_start)
         SELECT raised.id, %(process)s, amount,
-               least(needed, amount) + CASE WHEN mine.id IS NULL OR turned THEN 0 ELSE raised.used END,
+               least(needed, amount)
+                   + CASE WHEN NOT turned AND EXISTS (SELECT FROM lease mine
+                                                       WHERE mine.counter_id = raised.id AND mine.process_id || '' = %(process)s
+                                                         AND mine.closed_at IS NULL)
+                          THEN raised.used ELSE 0 END,
                least(now() + make_interval(secs => %(ttl_s)s), window_end), raised.window_start
           FROM (SELECT count(*) FROM void) AS emptied, raised
-          LEFT JOIN lease mine
-                 ON mine.counter_id = raised.id AND mine.process_id = %(process)s AND mine.closed_at IS NULL
          ORDER BY raised.id
         ON CONFLICT (counter_id, process_id) WHERE closed_at IS NULL DO UPDATE
            SET granted = old.granted + excluded.granted, used = excluded.used, expires_at = excluded.expires_at
@@ -181,6 +185,7 @@ async def take_each(tx: Tx, process_id: str, wishes: Sequence[Wish], ttl_s: floa
             "share": [w.share for w in wishes],
             "smallest": [w.smallest for w in wishes],
         },
+        prepare=PLANNED_ANEW,
     )
     came: dict[str, Slice | Nothing] = {
         row[0]: Slice(row[1], int(row[2]), int(row[3]), row[4], row[5], row[6])
@@ -194,6 +199,7 @@ async def take_each(tx: Tx, process_id: str, wishes: Sequence[Wish], ttl_s: floa
                 "ids": [w.counter_id for w in short],
                 "since": [w.heard_since for w in short],
             },
+            prepare=PLANNED_ANEW,
         )
         for (
             counter_id,
@@ -269,7 +275,7 @@ async def renew(
         "ttl_s": ttl_s,
         "answer": answer,
     }
-    cursor = await tx.execute(_RENEW, values)
+    cursor = await tx.execute(_RENEW, values, prepare=PLANNED_ANEW)
     return {row[0]: Renewed(int(row[1]), row[2], row[3]) for row in await cursor.fetchall()}
 
 
@@ -302,7 +308,11 @@ async def give_back(tx: Tx, process_id: str, used: Mapping[int, int]) -> int:
     is spent all the same (credits that were overdrawn).
     """
     row = await (
-        await tx.execute(_GIVE_BACK, {"process": process_id, "ids": list(used), "used": list(used.values())})
+        await tx.execute(
+            _GIVE_BACK,
+            {"process": process_id, "ids": list(used), "used": list(used.values())},
+            prepare=PLANNED_ANEW,
+        )
     ).fetchone()
     return int(row[0]) if row else 0
 

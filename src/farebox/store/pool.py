@@ -31,6 +31,10 @@ from farebox.base.errors import Unavailable
 
 Tx = psycopg.AsyncConnection[TupleRow]
 
+#: Statements over many rows are planned for the tables as they are now. A plan that was kept from when they were small
+#: walks through the whole of them for each row, until the next ANALYZE.
+PLANNED_ANEW: Final = False
+
 #: How often an absent database is tried again, and how long a caller waits for one that is known to be away.
 PROBE_EVERY_S: Final = 0.25
 AWAY_WAIT_S: Final = 0.5
