@@ -180,7 +180,11 @@ class _ToLoopback(httpx.AsyncBaseTransport):
     def __init__(self, port: int) -> None:
         import ssl
 
-        self._inner = httpx.AsyncHTTPTransport(verify=ssl.create_default_context(cafile=str(CERTIFICATE)))
+        # A connection a request: nginx may close one whose upload it did not read, after an early answer that kept it open.
+        self._inner = httpx.AsyncHTTPTransport(
+            verify=ssl.create_default_context(cafile=str(CERTIFICATE)),
+            limits=httpx.Limits(max_connections=200, max_keepalive_connections=0),
+        )
         self._port = port
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
